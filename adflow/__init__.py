@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from adflow.backbones import make_backbone
     from adflow.calibration import Calibration
     from adflow.data import Dataset, Images, Sample, open_data
-    from adflow.detector import Detector, Energy, FeatureDetector, Scores, load_detector
+    from adflow.detector import Detector, Energy, FeatureDetector, Scores
+    from adflow.detector_file import load_detector
     from adflow.errors import AdflowError
 
 _HOMES = {
@@ -34,7 +35,7 @@ _HOMES = {
     "Images": "data",
     "Sample": "data",
     "Scores": "detector",
-    "load_detector": "detector",
+    "load_detector": "detector_file",
     "make_backbone": "backbones",
     "open_data": "data",
 }
