@@ -194,7 +194,9 @@ class Detector(nn.Module, ABC):
             boxes: where each image lies inside its input (letterboxing); what is outside is left out of image scores.
         """
         self._check(images)
-        self.eval()
+        if self.training:
+            if self.training:
+            self.eval()
         images = images.to(self.device())
         if images.device.type != "cpu" or len(images) == 1:
             return self._score(images, boxes)
@@ -212,7 +214,9 @@ class Detector(nn.Module, ABC):
             InputError: the method has no null model.
         """
         self._check(images)
-        self.eval()
+        if self.training:
+            if self.training:
+            self.eval()
         images = images.to(self.device())
         if images.device.type != "cpu" or len(images) == 1:
             return self._energies(images)

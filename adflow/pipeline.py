@@ -1,0 +1,202 @@
+"""Score many images from files: decode, fit to the input size, score, and what the caller does with each result.
+
+On a CPU every worker takes one image through all stages with one thread. That keeps an image in one core's cache,
+needs no synchronisation inside a layer, and makes the score of an image the same bits whatever runs beside it.
+On a GPU workers decode and finish, and batches go through the device in between.
+Memory is bounded: at most a few images per worker are under way, whatever the length of the list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from adflow.data import Sample
+from adflow.detector import Detector
+from adflow.errors import InputError
+from adflow.imaging import Box, fit_to, read_image
+
+
+@dataclass
+class Scored:
+    """One image with its scores.
+
+    Attributes:
+        sample: what was scored.
+        map: [h, w] float32, higher = more anomalous; the image's own area of the network input.
+        image: image score, higher = more anomalous.
+        original: (height, width) of the file's image.
+        picture: [H, W, 3] uint8 or float32 as read, when the caller asked to keep it.
+        seconds: time per stage: "decode", "resize", "score" and what the caller adds.
+        result: what ``after`` returned.
+        error: why this image could not be scored, or None; then the arrays are empty.
+    """
+
+    sample: Sample
+    map: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    image: float = float("nan")
+    original: tuple[int, int] = (0, 0)
+    picture: np.ndarray | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    result: Any = None
+    error: str | None = None
+
+
+def default_workers() -> int:
+    """Return how many images to work on at once: the cores this process may use, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, 8))
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """Give torch one thread per operation for as long as this lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run(
+    detector: Detector,
+    samples: Iterable[Sample],
+    *,
+    after: Callable[[Scored], Any] | None = None,
+    keep_picture: bool = False,
+    keep_map: bool = True,
+    strict: bool = False,
+    workers: int | None = None,
+    batch_size: int = 16,
+) -> Iterator[Scored]:
+    """Yield one :class:`Scored` per sample, in order.
+
+    Args:
+        detector: fitted; its device decides how the work is spread.
+        samples: any iterable; it is read as results are consumed.
+        after: called in the worker with each result (masks, overlays); what it returns is ``Scored.result``.
+        keep_picture: keep the decoded image for ``after``; it is dropped before the result is handed out.
+        keep_map: keep the score map in what is handed out.
+        strict: raise at the first unreadable image instead of yielding a result with ``error``.
+        workers: threads; None = the cores of this process.
+        batch_size: images per pass on a GPU.
+
+    Raises:
+        InputError: an image cannot be read and ``strict`` is set.
+    """
+    work = _Work(detector, after, keep_picture, keep_map, strict)
+    count = workers or default_workers()
+    source = iter(samples)
+    if detector.device().type == "cpu":
+        with single_threaded(), ThreadPoolExecutor(count, "adflow-score") as pool:
+            yield from _ordered(pool, work.whole, source, ahead=2 * count)
+    else:
+        with ThreadPoolExecutor(count, "adflow-score") as pool:
+            read = _ordered(pool, work.read, source, ahead=2 * batch_size + count)
+            while group := list(islice(read, batch_size)):
+                work.score_together(group)
+                yield from _ordered(pool, work.finish, iter(group), ahead=2 * count)
+
+
+def _ordered(
+    pool: ThreadPoolExecutor, task: Callable[[Any], Scored], source: Iterator[Any], ahead: int
+) -> Iterator[Scored]:
+    """Run ``task`` on every item with at most ``ahead`` under way; yield results in the source's order."""
+    waiting: deque[Future[Scored]] = deque(pool.submit(task, item) for item in islice(source, ahead))
+    try:
+        while waiting:
+            done = waiting.popleft().result()
+            waiting.extend(pool.submit(task, item) for item in islice(source, 1))
+            yield done
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+class _Work:
+    """The stages of one image, shared by the CPU and GPU ways."""
+
+    def __init__(
+        self,
+        detector: Detector,
+        after: Callable[[Scored], Any] | None,
+        keep_picture: bool,
+        keep_map: bool,
+        strict: bool,
+    ) -> None:
+        if detector.size is None:
+            raise InputError("this detector has not been fitted", hint="Run `adflow fit` first.")
+        self.size: tuple[int, int] = detector.size
+        self.detector, self.after = detector, after
+        self.keep_picture, self.keep_map, self.strict = keep_picture, keep_map, strict
+        self.inputs: dict[int, tuple[np.ndarray, Box]] = {}
+
+    def whole(self, sample: Sample) -> Scored:
+        scored = self.read(sample)
+        if scored.error is None:
+            array, box = self.inputs.pop(id(scored))
+            began = time.perf_counter()
+            scores = self.detector.score(torch.from_numpy(array)[None], [box])
+            self._take(scored, scores.map[0].numpy(), float(scores.image[0]), box)
+            scored.seconds["score"] = time.perf_counter() - began
+        return self.finish(scored)
+
+    def read(self, sample: Sample) -> Scored:
+        scored = Scored(sample)
+        began = time.perf_counter()
+        try:
+            # A map is needed at the input's size; only overlays need every pixel of the file.
+            at_least = None if self.keep_picture else self.size
+            picture = read_image(sample.image, at_least=at_least)
+        except InputError as error:
+            if self.strict:
+                raise
+            scored.error = str(error)
+            return scored
+        decoded = time.perf_counter()
+        scored.original = picture.shape[:2]
+        if self.keep_picture:
+            scored.picture = picture
+        self.inputs[id(scored)] = fit_to(picture, self.size, self.detector.keep_aspect)
+        scored.seconds = {"decode": decoded - began, "resize": time.perf_counter() - decoded}
+        return scored
+
+    def score_together(self, group: list[Scored]) -> None:
+        good = [scored for scored in group if scored.error is None]
+        if not good:
+            return
+        began = time.perf_counter()
+        taken = [self.inputs.pop(id(scored)) for scored in good]
+        images = torch.from_numpy(np.stack([array for array, _ in taken]))
+        scores = self.detector.score(images.pin_memory(), [box for _, box in taken])
+        maps, values = scores.map.cpu().numpy(), scores.image.cpu().numpy()
+        each = (time.perf_counter() - began) / len(good)
+        for i, scored in enumerate(good):
+            self._take(scored, maps[i], float(values[i]), taken[i][1])
+            scored.seconds["score"] = each
+
+    @staticmethod
+    def _take(scored: Scored, score_map: np.ndarray, value: float, box: Box) -> None:
+        inside = score_map[box.top : box.top + box.height, box.left : box.left + box.width]
+        scored.map, scored.image = np.ascontiguousarray(inside), value
+
+    def finish(self, scored: Scored) -> Scored:
+        if scored.error is None and self.after is not None:
+            began = time.perf_counter()
+            scored.result = self.after(scored)
+            scored.seconds["after"] = time.perf_counter() - began
+        scored.picture = None
+        if not self.keep_map:
+            scored.map = np.zeros((0, 0), np.float32)
+        return scored
