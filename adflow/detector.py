@@ -195,7 +195,6 @@ class Detector(nn.Module, ABC):
         """
         self._check(images)
         if self.training:
-            if self.training:
             self.eval()
         images = images.to(self.device())
         if images.device.type != "cpu" or len(images) == 1:
@@ -215,7 +214,6 @@ class Detector(nn.Module, ABC):
         """
         self._check(images)
         if self.training:
-            if self.training:
             self.eval()
         images = images.to(self.device())
         if images.device.type != "cpu" or len(images) == 1:
