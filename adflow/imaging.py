@@ -1,0 +1,410 @@
+"""Read any image as RGB, bring it to the network's input and bring maps back.
+
+Sizes are ``(height, width)``. Pixel (0, 0) is the corner cell ``[0, 1) x [0, 1)``: every resize here uses
+half-pixel centres (``align_corners=False``), so that images, masks and maps stay on one grid. torch is loaded
+only by :func:`upsample` and :func:`upsample_matrices`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from adflow.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Size = tuple[int, int]  # (height, width)
+Array = npt.NDArray[Any]
+T = TypeVar("T")
+
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".pbm", ".jp2"}
+)
+# Only formats that are decoded in this process and hold pictures: PostScript, for one, would start a program.
+_FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000")
+# Pillow's own hard limit, 2 x Image.MAX_IMAGE_PIXELS: 179 megapixels, about 0.5 GB decoded.
+MAX_PIXELS = 178_956_970
+_SMALLEST, _LARGEST = 8, 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Where the image itself lies inside the network input, in pixels of that input."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def parse_size(text: str | int) -> Size:
+    """Read a size typed by a user.
+
+    >>> parse_size("256"), parse_size("320x512")
+    ((256, 256), (320, 512))
+
+    Args:
+        text: one number for a square, or ``HEIGHTxWIDTH``, in pixels.
+
+    Raises:
+        UsageError: anything else, or a side outside 8..8192.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,6})\s*(?:[xX×]\s*([0-9]{1,6})\s*)?", str(text))
+    if match is None:
+        raise UsageError(f"size '{text}' is not a size", hint="Write 256, or HEIGHTxWIDTH such as 320x512.")
+    height = int(match[1])
+    width = int(match[2] or match[1])
+    if not all(_SMALLEST <= side <= _LARGEST for side in (height, width)):
+        raise UsageError(f"size '{text}' is out of range: each side must be {_SMALLEST} to {_LARGEST} pixels")
+    return height, width
+
+
+def read_image(path: Path | str, at_least: Size | None = None, max_pixels: int = MAX_PIXELS) -> Array:
+    """Read the first frame of an image as RGB, upright.
+
+    Grey becomes three equal channels. Transparent pixels are composited on white, because the colour stored
+    under them is undefined. EXIF rotation is applied, colour profiles are not. Grey images deeper than 8 bit
+    keep their depth: 16-bit values are divided by 65535 whatever their content, so that the scale is the same
+    for every image (a 12-bit camera should write left-aligned values); floating-point images must lie in
+    [0, 1]. Colour images with 16 bits a channel are read at 8 bits.
+
+    Args:
+        path: the file; PNG, JPEG, BMP, TIFF, WEBP, GIF, PPM or JPEG 2000, told by content, not by suffix.
+        at_least: when given, a JPEG may be decoded at 1/2, 1/4 or 1/8 as long as it keeps at least this size.
+        max_pixels: refuse larger images before decoding them (a small file can declare a huge picture).
+
+    Returns:
+        [H, W, 3] uint8, or float32 in [0, 1] for images deeper than 8 bit.
+
+    Raises:
+        InputError: missing, empty, truncated, too large, or not an image; the message names the file.
+    """
+    return _decode(Path(path), _rgb, at_least, max_pixels)
+
+
+def read_mask(
+    path: Path | str, index: int | None = None, max_pixels: int = MAX_PIXELS
+) -> npt.NDArray[np.bool_]:
+    """Read a ground-truth mask: True where the defect is.
+
+    An image is turned to grey (transparent = not a defect) and thresholded at > 127 of 255. A losslessly
+    stored image that holds only 0 and 1 is taken as already binary. In a NumPy array every non-zero entry is
+    defect.
+
+    Args:
+        path: an image, or a ``.npy`` array [H, W] or [T, H, W], which is memory-mapped.
+        index: the frame of a [T, H, W] array, counted from 0.
+        max_pixels: refuse larger images.
+
+    Returns:
+        [H, W] bool.
+
+    Raises:
+        InputError: unreadable, or no such frame; the message names the file.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".npy":
+        return _npy_mask(path, index)
+    if index is not None:
+        raise InputError(f"{_show(path)} is a single picture: frame {index} of it cannot be read as a mask")
+    return _decode(path, _binary, None, max_pixels)
+
+
+def image_size(path: Path | str, max_pixels: int = MAX_PIXELS) -> Size:
+    """Return the (height, width) that :func:`read_image` would give, without decoding the pixels.
+
+    Raises:
+        InputError: not an image, or too large.
+    """
+
+    def size(image: Image.Image) -> Size:
+        turned = image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+    return _decode(Path(path), size, None, max_pixels, upright=False)
+
+
+def fit_to(image: Array, size: Size, keep_aspect: bool = False) -> tuple[npt.NDArray[np.float32], Box]:
+    """Bring an image to the network's input size by antialiased bilinear resampling.
+
+    Args:
+        image: [H, W, 3] uint8, or float in [0, 1], as :func:`read_image` gives it.
+        size: (height, width) wanted.
+        keep_aspect: keep the aspect ratio: the image is centred, and its edge pixels fill the rest.
+
+    Returns:
+        [3, height, width] float32 in [0, 1], and the box in which the image itself lies.
+    """
+    box = fitted(image.shape[:2], size, keep_aspect)
+    inner = (box.width, box.height)  # Pillow counts width first
+    if image.dtype == np.uint8:
+        small = np.asarray(Image.fromarray(image).resize(inner, Image.Resampling.BILINEAR))
+        planes = np.ascontiguousarray(small.transpose(2, 0, 1), dtype=np.float32)
+        planes /= np.float32(255)
+    else:
+        channels = [Image.fromarray(np.ascontiguousarray(image[..., c], dtype=np.float32)) for c in range(3)]
+        planes = np.stack([np.asarray(c.resize(inner, Image.Resampling.BILINEAR)) for c in channels])
+        planes = np.clip(planes, 0, 1, out=planes)
+    return np.ascontiguousarray(np.pad(planes, [(0, 0), *_borders(box, size)], mode="edge")), box
+
+
+def mask_to(mask: Array, size: Size, keep_aspect: bool = False) -> npt.NDArray[np.bool_]:
+    """Bring a mask to the network's input size, with the geometry of :func:`fit_to`.
+
+    The mask is averaged over the area of each new pixel and set where at least half of that area is defect. A
+    defect that fills no new pixel by half disappears: compare ``mask.any()`` before and after.
+
+    Args:
+        mask: [H, W] bool.
+        size: (height, width) wanted.
+        keep_aspect: as in :func:`fit_to`; the border around the image is not defect.
+
+    Returns:
+        [height, width] bool.
+    """
+    box = fitted(mask.shape[:2], size, keep_aspect)
+    area = Image.fromarray(np.asarray(mask, dtype=np.float32)).resize(
+        (box.width, box.height), Image.Resampling.BOX
+    )
+    # Weights such as 1/6 are rounded to float32: an exact half may come out a few 1e-7 below 0.5.
+    inside = np.asarray(area) >= 0.5 - 1e-5
+    return np.pad(inside, _borders(box, size), mode="constant", constant_values=False)
+
+
+def restore(array: Array, box: Box, original: Size, order: int = 1) -> Array:
+    """Bring a map or mask from the network's input back onto the original image.
+
+    Args:
+        array: [H, W] at network input size.
+        box: what :func:`fit_to` returned.
+        original: (height, width) of the image as read.
+        order: 1 for bilinear (maps; float32 out), 0 for nearest (masks and labels; type kept).
+
+    Returns:
+        [original height, original width].
+    """
+    inside = array[box.top : box.top + box.height, box.left : box.left + box.width]
+    if order == 0:
+        rows, columns = (
+            np.minimum((np.arange(to) + 0.5) * have / to, have - 1).astype(np.intp)
+            for to, have in zip(original, inside.shape, strict=True)
+        )
+        return np.asarray(inside[rows[:, None], columns[None, :]])
+    plane = Image.fromarray(np.ascontiguousarray(inside, dtype=np.float32))
+    return np.array(plane.resize((original[1], original[0]), Image.Resampling.BILINEAR))
+
+
+def fitted(have: Size | tuple[int, ...], size: Size, keep_aspect: bool) -> Box:
+    """Return where an image of size ``have`` lies inside an input of size ``size``."""
+    height, width = size
+    if not keep_aspect:
+        return Box(0, 0, height, width)
+    scale = min(height / have[0], width / have[1])
+    inner_height = min(height, max(1, round(have[0] * scale)))
+    inner_width = min(width, max(1, round(have[1] * scale)))
+    return Box((height - inner_height) // 2, (width - inner_width) // 2, inner_height, inner_width)
+
+
+def upsample(maps: Tensor, size: Size, sigma: float, matrices: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Enlarge maps bilinearly, then smooth them with a Gaussian: two matrix products a map.
+
+    Both steps are linear and separable, so ``out = R @ map @ C.T`` with ``R = G_H U_H`` and ``C = G_W U_W``.
+    On the CPU each map is multiplied on its own: a batched product may be blocked differently, and the last
+    bit of a map would depend on its neighbours. While a graph is being exported the batched product is used.
+
+    Args:
+        maps: [B, h, w].
+        size: (H, W) wanted.
+        sigma: standard deviation of the Gaussian in pixels of the output; 0 for none. The kernel reaches
+            ``int(4 sigma + 0.5)`` pixels; borders are reflected without repeating the edge pixel.
+        matrices: what :func:`upsample_matrices` gives for this grid, to build them once instead of a call.
+
+    Returns:
+        [B, H, W] float32 (float64 for float64 maps).
+    """
+    import torch
+
+    if maps.dtype != torch.float64:
+        maps = maps.float()
+    if matrices is None:
+        matrices = upsample_matrices((maps.shape[-2], maps.shape[-1]), size, sigma, like=maps)
+    rows, columns = (matrix.to(maps) for matrix in matrices)
+    exporting = (
+        torch._C._get_tracing_state() is not None
+        or torch.compiler.is_compiling()
+        or torch.onnx.is_in_onnx_export()
+    )
+    if exporting or maps.device.type != "cpu" or not len(maps):
+        return torch.matmul(torch.matmul(rows, maps), columns.mT)
+    # A fresh copy starts on an allocator boundary: matrix kernels may choose their path by the address.
+    return torch.stack([rows @ one.clone(memory_format=torch.contiguous_format) @ columns.mT for one in maps])
+
+
+def upsample_matrices(
+    grid: Size, size: Size, sigma: float, like: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return R [H, h] and C [W, w] of :func:`upsample`, on the device and in the type of ``like``."""
+    import torch
+
+    pair = [
+        torch.from_numpy(_smooth(int(to), sigma) @ _enlarge(int(have), int(to)))
+        for have, to in zip(grid, size, strict=True)
+    ]
+    rows, columns = (matrix.float() if like is None else matrix.to(like) for matrix in pair)
+    return rows, columns
+
+
+_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 are the orientations that swap height and width
+_QUARTER_TURNS = (5, 6, 7, 8)
+
+
+def _decode(
+    path: Path,
+    convert: Callable[[Image.Image], T],
+    at_least: Size | None,
+    max_pixels: int,
+    upright: bool = True,
+) -> T:
+    """Open ``path`` and return ``convert(image)``; whatever goes wrong is one InputError naming the file."""
+    try:
+        if path.stat().st_size == 0:
+            raise InputError(f"{_show(path)} is empty (0 bytes), expected an image")
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise InputError(
+                    f"{_show(path)} declares {image.width} x {image.height} pixels, more than the limit of "
+                    f"{max_pixels / 1e6:.0f} megapixels"
+                )
+            if at_least is not None:
+                height, width = at_least
+                if image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS:
+                    height, width = width, height
+                image.draft(image.mode, (width, height))
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)  # a copy would forget the format
+            return convert(image)
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{_show(path)} declares more pixels than can be read safely: {error}") from error
+    except OSError as error:
+        reason = error.strerror or (
+            "not an image of a kind that can be read" if "cannot identify" in str(error) else str(error)
+        )
+        raise InputError(f"cannot read {_show(path)}: {reason}") from error
+    except Exception as error:
+        # Pillow's decoders let through whatever their parsers met: struct.error, SyntaxError, zlib.error...
+        raise InputError(
+            f"cannot read {_show(path)}: damaged image ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _rgb(image: Image.Image) -> Array:
+    """Return [H, W, 3] uint8, or float32 in [0, 1] for deep grey images."""
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = _deep(image)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return np.array(image.convert("RGB"))
+
+
+def _deep(image: Image.Image) -> npt.NDArray[np.float32]:
+    """Return a grey image of 16 or 32 bits as float32 in [0, 1]."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        low, high, top, what = values.min(), values.max(), 1.0, "floating-point"
+    else:
+        low, high, top, what = values.min(), values.max(), 65535.0, "integer"
+    if not (low >= 0 and high <= top):  # false for NaN too
+        raise InputError(
+            f"{_show(_path_of(image))}: {what} values from {low} to {high}, expected 0 to {top:g}",
+            hint="Rescale the images in one way for the whole data set, and save them as 8- or 16-bit.",
+        )
+    return (values / top).astype(np.float32)
+
+
+def _binary(image: Image.Image) -> npt.NDArray[np.bool_]:
+    """Return [H, W] bool from a mask picture."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return np.asarray(_deep(image) > 127 / 255)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)
+    grey = np.asarray(image.convert("L"))
+    # JPEG is left out: its noise around black also has a maximum of 1.
+    if grey.max(initial=0) == 1 and image.format not in ("JPEG", "MPO"):
+        return np.asarray(grey == 1)
+    return np.asarray(grey > 127)
+
+
+def _npy_mask(path: Path, index: int | None) -> npt.NDArray[np.bool_]:
+    try:
+        stack = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot read {_show(path)}: {reason}") from error
+    if stack.ndim == 3 and index is not None and 0 <= index < len(stack):
+        return np.asarray(stack[index] != 0)
+    if stack.ndim == 2 and index is None:
+        return np.asarray(stack != 0)
+    asked = "no frame number" if index is None else f"frame {index}"
+    raise InputError(
+        f"{_show(path)} is an array of shape {stack.shape}: {asked} given, expected [T, H, W] and 0..T-1"
+    )
+
+
+def _borders(box: Box, size: Size) -> list[tuple[int, int]]:
+    return [(box.top, size[0] - box.top - box.height), (box.left, size[1] - box.left - box.width)]
+
+
+def _enlarge(have: int, to: int) -> npt.NDArray[np.float64]:
+    """Bilinear interpolation as a matrix [to, have], half-pixel centres, clamped at the ends."""
+    centre = np.clip((np.arange(to) + 0.5) * have / to - 0.5, 0, have - 1)
+    low = np.minimum(centre.astype(np.intp), max(have - 2, 0))
+    weight = centre - low
+    matrix = np.zeros((to, have))
+    rows = np.arange(to)
+    matrix[rows, low] = 1 - weight
+    matrix[rows, np.minimum(low + 1, have - 1)] += weight
+    return matrix
+
+
+def _smooth(length: int, sigma: float) -> npt.NDArray[np.float64]:
+    """Gaussian smoothing as a matrix [length, length], borders reflected."""
+    if sigma <= 0:
+        return np.eye(length)
+    reach = int(4 * sigma + 0.5)  # the tail beyond 4 sigma weighs 6e-5
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    kernel /= kernel.sum()
+    source = (
+        np.pad(np.arange(length), reach, mode="reflect") if length > 1 else np.zeros(2 * reach + 1, np.intp)
+    )
+    matrix = np.zeros((length, length))
+    for offset, weight in enumerate(kernel):
+        np.add.at(matrix, (np.arange(length), source[offset : offset + length]), weight)
+    return matrix
+
+
+def _path_of(image: Image.Image) -> str:
+    return str(getattr(image, "filename", "") or "image")
+
+
+def _show(path: Path | str) -> str:
+    r"""Name a file in one line, whatever characters its name holds.
+
+    >>> _show("a b.png"), _show("new\nline.png")
+    ('a b.png', "'new\\nline.png'")
+    """
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
