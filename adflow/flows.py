@@ -1,0 +1,519 @@
+"""Normalizing-flow blocks on FrEIA's graph API, their fast scoring path, key maps of original checkpoints.
+
+Every block is a :class:`FrEIA.modules.InvertibleModule`, so that chains (``SequenceINN``) and graphs
+(``GraphINN``) give the forward pass, the inverse and the log-determinant. FrEIA's ``AllInOneBlock`` is not
+used: it draws from global random generators, multiplies by a C x C matrix even where the mixing is a
+permutation, and its clamp changed between versions (see ``clamp_mode``).
+
+Convention: ``z, logdet = flow(x)``; ``logdet`` = log |det dz/dx| per sample, natural log.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from FrEIA.framework import SequenceINN
+from FrEIA.modules import InvertibleModule
+from torch import Tensor, nn
+
+from adflow.errors import InputError, UsageError
+
+ClampMode = Literal["tanh", "tanh_scaled"]
+Permutation = Literal["hard", "soft"]
+Subnet = Callable[[int, int], nn.Module]
+Dims = Sequence[Sequence[int]]
+
+# A sub-network's output is multiplied by this before it is used (FrEIA, AllInOneBlock: "for stability").
+SUBNET_GAIN = 0.1
+# Raw global scale whose activation 0.1 * softplus_{beta=0.5} is exactly 1: w = 2 ln(e^5 - 1).
+UNIT_SCALE = 2.0 * math.log(math.expm1(5.0))
+
+
+def linear_layer(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
+    """Return ``nn.Linear`` with torch's default initialisation, drawn from ``generator``."""
+    layer = nn.Linear(inputs, outputs, device="meta").to_empty(
+        device="cpu"
+    )  # no draw from the global generator
+    _initialise(layer, inputs, generator)
+    return layer
+
+
+def conv_layer(inputs: int, outputs: int, kernel: int, generator: torch.Generator | None) -> nn.Conv2d:
+    """Return a 'same'-padded ``nn.Conv2d`` with torch's default initialisation, drawn from ``generator``."""
+    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, device="meta").to_empty(device="cpu")
+    _initialise(layer, inputs * kernel * kernel, generator)
+    return layer
+
+
+def _initialise(layer: nn.Linear | nn.Conv2d, fan_in: int, generator: torch.Generator | None) -> None:
+    # torch's default, Kaiming-uniform with a = sqrt(5), is U(-b, b), b = 1/sqrt(fan_in), for weight and bias.
+    bound = 1.0 / math.sqrt(max(fan_in, 1))
+    with torch.no_grad():
+        layer.weight.uniform_(-bound, bound, generator=generator)
+        if layer.bias is not None:
+            layer.bias.uniform_(-bound, bound, generator=generator)
+
+
+def linear_subnet(
+    *,
+    generator: torch.Generator | None = None,
+    width: float = 2.0,
+    hidden: int | None = None,
+    zero_init: bool = False,
+) -> Subnet:
+    """Return a factory of Linear - ReLU - Linear networks.
+
+    Args:
+        generator: source of the initial weights.
+        width: hidden units as a multiple of the input width (CFLOW-AD: 2).
+        hidden: hidden units as a number; overrides ``width``.
+        zero_init: start with zero output, so that a coupling starts as the identity.
+    """
+
+    def build(inputs: int, outputs: int) -> nn.Module:
+        middle = int(inputs * width) if hidden is None else hidden
+        return _two_layers(
+            linear_layer(inputs, middle, generator), linear_layer(middle, outputs, generator), zero_init
+        )
+
+    return build
+
+
+def conv_subnet(
+    kernel: int, *, generator: torch.Generator | None = None, ratio: float = 1.0, zero_init: bool = False
+) -> Subnet:
+    """Return a factory of conv k - ReLU - conv k networks with ``int(ratio * inputs)`` hidden channels."""
+
+    def build(inputs: int, outputs: int) -> nn.Module:
+        middle = max(1, int(inputs * ratio))
+        return _two_layers(
+            conv_layer(inputs, middle, kernel, generator),
+            conv_layer(middle, outputs, kernel, generator),
+            zero_init,
+        )
+
+    return build
+
+
+def _two_layers(first: nn.Module, last: nn.Linear | nn.Conv2d, zero_init: bool) -> nn.Sequential:
+    if zero_init:
+        nn.init.zeros_(last.weight)
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
+    return nn.Sequential(first, nn.ReLU(), last)
+
+
+def random_rotation(channels: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return a Haar-distributed rotation [C, C] (determinant +1): QR of a Gaussian matrix, signs fixed.
+
+    Source: F. Mezzadri, How to generate random matrices from the classical compact groups, 2007,
+    https://arxiv.org/abs/math-ph/0609050.
+    """
+    q, r = torch.linalg.qr(torch.randn(channels, channels, generator=generator, dtype=torch.float64))
+    rotation: Tensor = q * r.diagonal().sign()
+    if torch.linalg.det(rotation) < 0:
+        rotation[:, 0] = -rotation[:, 0]
+    return rotation.float()
+
+
+def soft_clamp(raw: Tensor, clamp: float) -> Tensor:
+    """Return clamp * 0.636 * atan(raw / clamp), the log-scale of GLOW-style couplings, within +-clamp.
+
+    0.636 is 2/pi rounded as in FrEIA's ``GLOWCouplingBlock`` (DifferNet, CS-Flow); trained weights need it.
+    """
+    return clamp * 0.636 * torch.atan(raw / clamp)
+
+
+class _SameShape(InvertibleModule):  # type: ignore[misc]  # FrEIA carries no types
+    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return the shapes unchanged."""
+        return input_dims
+
+
+class AllInOneBlock(_SameShape):
+    """One-sided affine coupling, global affine map and channel mixing, as in CFLOW-AD, FastFlow and U-Flow.
+
+    With x1 the first C - C//2 channels and x2 the rest::
+
+        [a_s, a_t] = 0.1 * subnet([x1, condition])
+        s = clamp * tanh(a_s)                  ("tanh")         or  clamp * tanh(a_s / clamp)  ("tanh_scaled")
+        y = P( [x1, x2 * exp(s) + a_t] * g + o ),   g = 0.1 * softplus_{beta=0.5}(global_scale)
+        logdet = sum(s) + positions * sum(log g)
+
+    Source: L. Ardizzone et al., FrEIA, 2018-2022, https://github.com/vislearn/FrEIA, AllInOneBlock. "tanh" is
+    PyPI 0.2 and the commits that CFLOW-AD, FastFlow and U-Flow pin, "tanh_scaled" FrEIA's development branch
+    since August 2023.
+
+    Args:
+        dims_in: one shape, (C,) for vectors or (C, H, W) for images; H and W are not fixed by it.
+        dims_c: shapes of the conditions, concatenated on channels to the sub-network's input.
+        subnet: called with (inputs, outputs), returns the sub-network.
+        clamp: bound of the log-scale s.
+        clamp_mode: see above.
+        permutation: P. "hard" = random order of the channels, an index vector; "soft" = random rotation.
+        generator: draws P.
+    """
+
+    def __init__(
+        self,
+        dims_in: Dims,
+        dims_c: Dims = (),
+        *,
+        subnet: Subnet,
+        clamp: float = 2.0,
+        clamp_mode: ClampMode = "tanh",
+        permutation: Permutation = "hard",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(dims_in, dims_c)
+        if clamp_mode not in ("tanh", "tanh_scaled"):
+            raise UsageError(f"clamp_mode is '{clamp_mode}'; expected 'tanh' or 'tanh_scaled'")
+        channels = int(dims_in[0][0])
+        if channels < 2:
+            raise UsageError(f"a coupling needs at least 2 channels, found {channels}")
+        self.kept = channels - channels // 2
+        self.changed = channels // 2
+        self.clamp = float(clamp)
+        self.clamp_mode = clamp_mode
+        self.hard = permutation == "hard"
+        ones = [1] * (len(dims_in[0]) - 1)
+        self.global_scale = nn.Parameter(torch.full((1, channels, *ones), UNIT_SCALE))
+        self.global_offset = nn.Parameter(torch.zeros(1, channels, *ones))
+        if permutation == "hard":
+            self.register_buffer("permutation", torch.randperm(channels, generator=generator))
+        elif permutation == "soft":
+            self.register_buffer("rotation", random_rotation(channels, generator))
+        else:
+            raise UsageError(f"permutation is '{permutation}'; expected 'hard' or 'soft'")
+        self.permutation: Tensor  # [C] int64: y[i] = v[permutation[i]]
+        self.rotation: Tensor  # [C, C]: y = rotation @ v
+        self.subnet = subnet(self.kept + sum(int(shape[0]) for shape in dims_c), 2 * self.changed)
+
+    def scale(self) -> Tensor:
+        """Return g, the positive global scale, in the shape of ``global_scale``."""
+        return F.softplus(self.global_scale, beta=0.5).mul(0.1)
+
+    def coefficients(self, kept: Tensor, condition: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return log-scale s and shift t for the changed half, both [B, C//2, ...]."""
+        inputs = torch.cat([kept, *condition], 1) if condition else kept
+        raw_scale, shift = (SUBNET_GAIN * self.subnet(inputs)).chunk(2, 1)
+        return self.log_scale(raw_scale), shift
+
+    def log_scale(self, raw: Tensor) -> Tensor:
+        """Return s from the sub-network's (already reduced) output."""
+        if self.clamp_mode == "tanh":
+            return self.clamp * torch.tanh(raw)
+        return self.clamp * torch.tanh(raw / self.clamp)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Return P x on the channel axis."""
+        if self.hard:
+            return x.index_select(1, self.permutation)
+        if x.dim() == 2:
+            return F.linear(x, self.rotation)
+        return F.conv2d(x, self.rotation[:, :, None, None])
+
+    def unmix(self, y: Tensor) -> Tensor:
+        """Return P^-1 y on the channel axis."""
+        if self.hard:
+            return y.index_select(1, torch.argsort(self.permutation))
+        if y.dim() == 2:
+            return F.linear(y, self.rotation.T)
+        return F.conv2d(y, self.rotation.T[:, :, None, None])
+
+    def forward(
+        self,
+        x_or_z: Sequence[Tensor],
+        c: Sequence[Tensor] = (),
+        rev: bool = False,
+        jac: bool = True,
+    ) -> tuple[tuple[Tensor], Tensor]:
+        """Map one tensor [B, C, ...] forward, or backward with ``rev``; see FrEIA's base class."""
+        (x,) = x_or_z
+        axes = list(range(1, x.dim()))
+        scale = self.scale()
+        positions = x[0, 0].numel()
+        if rev:
+            v = (self.unmix(x) - self.global_offset) / scale
+            kept, changed = torch.split(v, [self.kept, self.changed], 1)
+            s, t = self.coefficients(kept, c)
+            out = torch.cat([kept, (changed - t) * torch.exp(-s)], 1)
+            return (out,), -s.sum(axes) - positions * scale.log().sum()
+        kept, changed = torch.split(x, [self.kept, self.changed], 1)
+        s, t = self.coefficients(kept, c)
+        v = torch.cat([kept, changed * torch.exp(s) + t], 1)
+        return (self.mix(v * scale + self.global_offset),), s.sum(axes) + positions * scale.log().sum()
+
+
+class FixedPermutation(_SameShape):
+    """Random, then fixed, order of the channels: y[:, i] = x[:, permutation[i]]; logdet 0.
+
+    Unlike FrEIA's ``PermuteRandom`` the order is a buffer, so it is saved with the weights.
+    """
+
+    def __init__(self, dims_in: Dims, dims_c: Dims = (), *, generator: torch.Generator | None = None) -> None:
+        super().__init__(dims_in, dims_c)
+        self.permutation: Tensor
+        self.register_buffer("permutation", torch.randperm(int(dims_in[0][0]), generator=generator))
+
+    def forward(
+        self, x_or_z: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[Tensor], float]:
+        """Reorder the channels of one tensor [B, C, ...]."""
+        index = torch.argsort(self.permutation) if rev else self.permutation
+        return (x_or_z[0].index_select(1, index),), 0.0
+
+
+class GlowCoupling(_SameShape):
+    """Two-sided affine coupling with the arctangent clamp (DifferNet; one scale of CS-Flow).
+
+    With x1 the first C//2 channels and e(s) = exp(:func:`soft_clamp`)::
+
+        s2, t2 = subnet s2 (x2);   y1 = x1 * e(s2) + t2
+        s1, t1 = subnet s1 (y1);   y2 = x2 * e(s1) + t1
+
+    Source: D. P. Kingma, P. Dhariwal, Glow, 2018, https://arxiv.org/abs/1807.03039; M. Rudolph et al., Same
+    Same But DifferNet, WACV 2021, https://arxiv.org/abs/2008.12577.
+    """
+
+    def __init__(self, dims_in: Dims, dims_c: Dims = (), *, subnet: Subnet, clamp: float = 3.0) -> None:
+        super().__init__(dims_in, dims_c)
+        channels = int(dims_in[0][0])
+        extra = sum(int(shape[0]) for shape in dims_c)
+        self.halves = [channels // 2, channels - channels // 2]
+        self.clamp = float(clamp)
+        self.s1 = subnet(self.halves[0] + extra, 2 * self.halves[1])
+        self.s2 = subnet(self.halves[1] + extra, 2 * self.halves[0])
+
+    def _coefficients(self, net: nn.Module, x: Tensor, c: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        raw, shift = net(torch.cat([x, *c], 1) if c else x).chunk(2, 1)
+        return soft_clamp(raw, self.clamp), shift
+
+    def forward(
+        self, x_or_z: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[Tensor], Tensor]:
+        """Map one tensor [B, C, ...] forward, or backward with ``rev``; see FrEIA's base class."""
+        first, second = torch.split(x_or_z[0], self.halves, 1)
+        axes = list(range(1, x_or_z[0].dim()))
+        if rev:
+            s1, t1 = self._coefficients(self.s1, first, c)
+            second = (second - t1) * torch.exp(-s1)
+            s2, t2 = self._coefficients(self.s2, second, c)
+            first = (first - t2) * torch.exp(-s2)
+            return (torch.cat([first, second], 1),), -s1.sum(axes) - s2.sum(axes)
+        s2, t2 = self._coefficients(self.s2, second, c)
+        first = first * torch.exp(s2) + t2
+        s1, t1 = self._coefficients(self.s1, first, c)
+        second = second * torch.exp(s1) + t1
+        return (torch.cat([first, second], 1),), s1.sum(axes) + s2.sum(axes)
+
+
+class PixelShuffle(InvertibleModule):  # type: ignore[misc]  # FrEIA carries no types
+    """Invertible up-sampling [B, 4C, H, W] -> [B, C, 2H, 2W], a rearrangement; logdet 0.
+
+    Each group of four consecutive channels fills a 2 x 2 cell row by row: i-RevNet's up-sampling (Jacobsen et
+    al., 2018, https://arxiv.org/abs/1802.07088) in the channel order that U-Flow uses.
+    """
+
+    def forward(
+        self, x_or_z: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[Tensor], float]:
+        """Shuffle channels into pixels, or back with ``rev``."""
+        x = x_or_z[0]
+        return (F.pixel_unshuffle(x, 2) if rev else F.pixel_shuffle(x, 2),), 0.0
+
+    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return (C/4, 2H, 2W) for (C, H, W)."""
+        channels, height, width = input_dims[0]
+        if channels % 4:
+            raise UsageError(f"up-sampling needs a multiple of 4 channels, found {channels}")
+        return [(channels // 4, 2 * height, 2 * width)]
+
+
+def chain(
+    channels: int,
+    blocks: int,
+    *,
+    condition: int = 0,
+    subnet: Subnet,
+    clamp: float = 2.0,
+    clamp_mode: ClampMode = "tanh",
+    permutation: Permutation = "hard",
+    generator: torch.Generator | None = None,
+) -> SequenceINN:
+    """Return a chain of :class:`AllInOneBlock` on vectors; ``condition`` is the condition's width or 0.
+
+    Call as ``z, logdet = chain(x, [c])`` with x [N, C] and c [N, condition].
+    """
+    flow = SequenceINN(channels)
+    where = {"cond": 0, "cond_shape": (condition,)} if condition else {}
+    for _ in range(blocks):
+        flow.append(
+            AllInOneBlock,
+            **where,
+            subnet=subnet,
+            clamp=clamp,
+            clamp_mode=clamp_mode,
+            permutation=permutation,
+            generator=generator,
+        )
+    return flow
+
+
+def positional_encoding(channels: int, height: int, width: int) -> Tensor:
+    """Return the 2-D sine/cosine code [D, h, w] of integer grid positions counted from 0.
+
+    First half of the channels: column x, second half: row y; even ones sin(position * f_j), odd ones
+    cos(position * f_j), f_j = 10000^(-2j / (D/2)).
+
+    Source: Z. Wang, J.-C. Liu, Translating math formula images to LaTeX sequences, 2019,
+    https://arxiv.org/abs/1908.11415; used by CFLOW-AD (WACV 2022, section 4) and PEFM.
+    """
+    if channels % 4 or channels <= 0:
+        raise UsageError(
+            f"the positional encoding has {channels} channels; expected a positive multiple of 4"
+        )
+    half = channels // 2
+    rates = torch.exp(torch.arange(0, half, 2, dtype=torch.float64) * (-math.log(10000.0) / half))
+    code = torch.empty(channels, height, width, dtype=torch.float64)
+    across = torch.arange(width, dtype=torch.float64) * rates[:, None]  # [D/4, w]
+    down = torch.arange(height, dtype=torch.float64) * rates[:, None]  # [D/4, h]
+    code[0:half:2] = across.sin()[:, None, :]
+    code[1:half:2] = across.cos()[:, None, :]
+    code[half::2] = down.sin()[:, :, None]
+    code[half + 1 :: 2] = down.cos()[:, :, None]
+    return code.float()
+
+
+def log_likelihood(z: Tensor, logdet: Tensor) -> Tensor:
+    """Return log p(x) = -d/2 ln(2 pi) - |z|^2 / 2 + logdet per sample [B] of d entries, natural log."""
+    flat = z.flatten(1)
+    return -0.5 * (flat.shape[1] * math.log(2.0 * math.pi) + flat.square().sum(1)) + logdet
+
+
+class FusedChain:
+    """The scoring pass of a :func:`chain`, the same function with less work; gradients are not kept.
+
+    What differs from the FrEIA pass: the product of the condition with each first layer is done once (it is
+    the same for every image), the factor 0.1 lies in the last layers, global scale, offset and rotation are
+    one affine map, and the last mixing is left out: lengths do not change under it, ``z`` is equal up to it.
+
+    Args:
+        flow: chain of :class:`AllInOneBlock` with :func:`linear_subnet` networks.
+        condition: [P, D], row p belongs to position p of every image; None for unconditional chains.
+        dtype: of the matrix products; everything else stays in the weights' own precision.
+    """
+
+    def __init__(
+        self, flow: SequenceINN, condition: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        self._steps: list[tuple[AllInOneBlock, list[Tensor]]] = []
+        self._constant = 0.0  # sum of the logs of all global scales
+        with torch.no_grad():
+            for number, block in enumerate(flow):
+                first, last = _linear_layers(block)
+                bias: Tensor = first.bias
+                if condition is not None:
+                    bias = torch.addmm(bias, condition.to(bias.dtype), first.weight[:, block.kept :].T)
+                mixing, offset = block.scale().flatten(), block.global_offset.flatten()
+                self._constant += float(mixing.double().log().sum())
+                if not block.hard and number < len(flow) - 1:
+                    mixing = (block.rotation * mixing).T.contiguous().to(dtype or mixing.dtype)
+                    offset = block.rotation @ offset
+                inner = first.weight[:, : block.kept].T.contiguous().to(dtype or bias.dtype)
+                outer = last.weight.mul(SUBNET_GAIN).T.contiguous().to(dtype or bias.dtype)
+                self._steps.append((block, [inner, bias, outer, last.bias * SUBNET_GAIN, mixing, offset]))
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map x [P, C] of one image, rows in the condition's order; return z [P, C] and logdet [P]."""
+        logdet = x.new_full((x.shape[0],), self._constant)
+        for block, (inner, bias, outer, outer_bias, mixing, offset) in self._steps:
+            kept, changed = torch.split(x, [block.kept, block.changed], 1)
+            hidden = torch.relu(_product(kept, inner) + bias)
+            raw, shift = (_product(hidden, outer) + outer_bias).chunk(2, 1)
+            s = block.log_scale(raw)
+            logdet = logdet + s.sum(1)
+            x = torch.cat([kept, changed * s.exp() + shift], 1)
+            x = (_product(x, mixing) if mixing.dim() == 2 else x * mixing) + offset
+            if block.hard and block is not self._steps[-1][0]:
+                x = x.index_select(1, block.permutation)
+        return x, logdet
+
+
+def _linear_layers(block: object) -> tuple[nn.Linear, nn.Linear]:
+    if isinstance(block, AllInOneBlock) and isinstance(block.subnet, nn.Sequential):
+        first, last = block.subnet[0], block.subnet[-1]
+        if isinstance(first, nn.Linear) and isinstance(last, nn.Linear):
+            return first, last
+    raise UsageError("only chains of AllInOneBlock with linear sub-networks can be fused")
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return (x.to(weight.dtype) @ weight).to(x.dtype)
+
+
+def load_original(
+    module: nn.Module, state: Mapping[str, Tensor], *, prefix: str = "", ignore: Iterable[str] = ()
+) -> None:
+    """Load a state dict of an original implementation into ``module``, strictly.
+
+    FrEIA's C x C matrix ``w_perm`` becomes our index vector ``permutation`` (it must then be a permutation
+    matrix) or our ``rotation``, whichever the block has; ``w_perm_inv`` is checked to be its transpose and
+    dropped, as is the constant ``downsample_kernel`` of i-RevNet up-sampling.
+
+    Args:
+        module: chain, graph or whole model whose remaining names equal the original's.
+        state: the original's tensors.
+        prefix: only keys that begin with it are used, and it is cut off.
+        ignore: last parts of names to drop as well (for example unused layers).
+
+    Raises:
+        InputError: names or shapes do not fit, or a matrix is not what the block needs.
+    """
+    dropped = {"w_perm_inv", "downsample_kernel", *ignore}
+    ours = set(module.state_dict())
+    adapted: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not name.startswith(prefix):
+            continue
+        key = name[len(prefix) :]
+        stem, _, leaf = key.rpartition(".")
+        stem = f"{stem}." if stem else ""
+        if leaf == "w_perm":
+            matrix = tensor.flatten(1)
+            inverse = state.get(f"{prefix}{stem}w_perm_inv")
+            # Rotations are stored in float32: their transpose is exact, so anything else is another layout.
+            if inverse is not None and not torch.equal(inverse.flatten(1), matrix.T):
+                raise InputError(f"{name} and its inverse are not each other's transpose")
+            if f"{stem}permutation" in ours:
+                adapted[f"{stem}permutation"] = _as_index(matrix, name)
+            else:
+                adapted[f"{stem}rotation"] = matrix
+        elif leaf not in dropped:
+            adapted[key] = tensor
+    missing, unexpected = sorted(ours - set(adapted)), sorted(set(adapted) - ours)
+    if missing or unexpected:
+        raise InputError(
+            f"the checkpoint does not fit: {len(missing)} tensors missing (first: {missing[:1]}), "
+            f"{len(unexpected)} not expected (first: {unexpected[:1]})",
+            hint="Build the model with the checkpoint's number of blocks, channels and conditions.",
+        )
+    try:
+        module.load_state_dict(adapted, strict=True)
+    except RuntimeError as error:
+        raise InputError(f"the checkpoint does not fit: {str(error).splitlines()[-1].strip()}") from error
+
+
+def _as_index(matrix: Tensor, name: str) -> Tensor:
+    index = matrix.argmax(1)
+    exact = torch.equal(torch.eye(len(matrix), dtype=matrix.dtype)[index], matrix)
+    if not exact or len(set(index.tolist())) < len(index):
+        raise InputError(
+            f"{name} is not a permutation matrix, but this block needs one", hint="Use permutation='soft'."
+        )
+    return index
