@@ -1,0 +1,91 @@
+"""The command line: a thin skin over :mod:`adflow.tasks`, and the only place that catches errors.
+
+Exit codes: 0 done, 1 an error without a code of its own, 2 usage, 3 input, 4 not available here, 5 resources,
+6 a gate failed, 7 done in part, 8 training failed, 130 interrupted. See :mod:`adflow.errors`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+import typer
+
+from adflow.cli import calibrate, doctor, evaluate, fit, listing, score, segment
+from adflow.errors import AdflowError, ResourceError
+
+app = typer.Typer(
+    name="adflow",
+    help="Find defects in images after seeing only good ones.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="First time here? Type: adflow fit demo/brick && adflow evaluate demo/brick",
+)
+app.command("fit")(fit.fit)
+app.command("calibrate")(calibrate.calibrate)
+app.command("score")(score.score)
+app.command("segment")(segment.segment)
+app.command("evaluate")(evaluate.evaluate)
+app.command("list")(listing.list_)
+app.command("doctor")(doctor.doctor)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from adflow import __version__
+
+        typer.echo(f"adflow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    pass
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; return its exit code."""
+    try:
+        result = typer.main.get_command(app).main(arguments, prog_name="adflow", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        return error.exit_code
+    except AdflowError as error:
+        return _tell(error)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        sys.stderr.write("interrupted; nothing half-written was left. The same command starts or goes on again.\n")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: not an error. Python must not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return _tell(_out_of_memory("the machine"))
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
+            return _tell(_out_of_memory("the device"))
+        raise
+
+
+def _out_of_memory(whose: str) -> ResourceError:
+    return ResourceError(
+        f"out of memory on {whose}", hint="Give a smaller --size, --feature-memory or --workers, or fewer images."
+    )
+
+
+def _tell(error: AdflowError) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error[/bold red] {escape(str(error))}")
+    if error.hint:
+        console.print(f"[dim]  →[/dim] {escape(error.hint)}")
+    return error.exit_code

@@ -5,19 +5,30 @@ Packages outside adflow add methods through the entry-point group ``adflow.metho
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import pkgutil
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adflow.errors import AdflowError, UsageError, unknown
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from adflow.detector import Detector
 
 GROUP = "adflow.methods"
+# Class attribute of a Detector -> column of `adflow list methods`.
+FACTS = {
+    "paper": "paper",
+    "year": "year",
+    "learns": "learns",
+    "has_null": "null",
+    "fit_cost": "fit_cost",
+    "score_cost": "score_cost",
+}
 
 
 def names() -> list[str]:
@@ -111,3 +122,26 @@ def _typed(name: str, value: Any, default: Any) -> Any:
             f"setting {name} is {value!r}, expected a {type(default).__name__} such as {default!r}"
         ) from None
     return value
+
+
+def facts() -> list[dict[str, Any]]:
+    """Return what each method says of itself, read from its source without importing it (and so without torch).
+
+    The class attributes ``paper``, ``year``, ``learns``, ``has_null``, ``fit_cost`` and ``score_cost`` are literals.
+    """
+    points = {point.name: point.value for point in entry_points(group=GROUP)}
+    rows = []
+    for name in names():
+        spec = find_spec(points.get(name, f"{__name__}.{name}"))
+        row: dict[str, Any] = {"name": name}
+        if spec is not None and spec.origin is not None:
+            tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                target = node.target if isinstance(node, ast.AnnAssign) else None
+                if isinstance(node, ast.Assign) and len(node.targets) == 1:
+                    target = node.targets[0]
+                if isinstance(target, ast.Name) and target.id in FACTS and isinstance(node, ast.Assign | ast.AnnAssign):
+                    with contextlib.suppress(ValueError):
+                        row[FACTS[target.id]] = ast.literal_eval(node.value) if node.value else None
+        rows.append(row)
+    return rows

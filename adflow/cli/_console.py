@@ -1,0 +1,116 @@
+"""How the command line speaks: data on stdout, talk on stderr, one place that prints.
+
+Colours and progress bars appear on a terminal only; ``NO_COLOR`` is honoured by rich.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+Step = Callable[[int, int, str], None]
+
+
+class Talk:
+    """The voice of one command.
+
+    Args:
+        json: stdout carries one JSON object and nothing else.
+        quiet: only errors on stderr.
+        verbose: details on stderr.
+    """
+
+    def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        self.json, self.quiet, self.verbose = json, quiet, verbose
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.out = Console(highlight=False, soft_wrap=False)
+
+    def say(self, text: str) -> None:
+        """Tell the user something; plain text."""
+        if not self.quiet:
+            self.err.print(escape(text))
+
+    def detail(self, text: str) -> None:
+        """Tell the user something only ``--verbose`` wants to know."""
+        if self.verbose and not self.quiet:
+            self.err.print(escape(text), style="dim")
+
+    def warn(self, text: str) -> None:
+        """Tell the user what may be wrong."""
+        if not self.quiet:
+            self.err.print(f"[yellow]warning[/yellow] {escape(text)}")
+
+    def next(self, command: str) -> None:
+        """Name the command to type next."""
+        if not self.quiet:
+            self.err.print(f"[dim]next:[/dim] {escape(command)}")
+
+    def data(self, value: dict[str, Any], table: Any = None) -> None:
+        """Print the result: the JSON object with ``--json``, else ``table`` (a rich table or text)."""
+        if self.json:
+            print_json(value)
+        elif table is not None:
+            self.out.print(table)
+
+    @contextlib.contextmanager
+    def progress(self, what: str) -> Iterator[Step]:
+        """Yield a callable (done, total, message) that draws a bar with the time left, on a terminal only.
+
+        The bar shows up after two seconds: shorter work needs none.
+        """
+        if self.quiet or not self.err.is_terminal:
+            yield lambda done, total, message: None
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.err,
+            transient=True,
+        )
+        began = time.monotonic()
+        tasks: dict[str, Any] = {}
+        live = False
+
+        def step(done: int, total: int, message: str) -> None:
+            nonlocal live
+            if not live and time.monotonic() - began > 2:
+                bar.start()
+                live = True
+            if message not in tasks:
+                tasks[message] = bar.add_task(f"{what}: {message}", total=total)
+            bar.update(tasks[message], completed=done, total=total)
+
+        try:
+            yield step
+        finally:
+            if live:
+                bar.stop()
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object; what JSON cannot say (NaN, infinity) becomes null."""
+    sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False, default=str, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,105 @@
+"""``adflow fit``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from adflow.cli import _options as o
+from adflow.cli._console import Talk
+
+
+def fit(
+    data: o.Data,
+    method: o.Method = "cflow",
+    recipe: o.Recipe = "fast",
+    backbone: o.BackboneName = None,
+    taps: o.Taps = None,
+    weights: o.Weights = None,
+    settings: o.Set = None,
+    size: o.SizeText = None,
+    keep_aspect: o.KeepAspect = None,
+    holdout: Annotated[float, typer.Option(help="Share of good images kept for calibration.")] = 0.1,
+    no_holdout: Annotated[bool, typer.Option("--no-holdout", help="Fit on everything; no promise then.")] = False,
+    folds: Annotated[int, typer.Option(help="K > 1: calibrate out of fold, fit on everything.", min=0)] = 0,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    feature_memory: Annotated[str, typer.Option(help="RAM for features; beyond it a file is used.")] = "4GiB",
+    feature_dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    max_memory: Annotated[
+        str | None, typer.Option(help="Limit the fit must keep, such as 2GiB.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed fit stopped.")] = False,
+    strict: o.Strict = False,
+    data_root: o.DataRoot = None,
+    runs: o.Runs = None,
+    out: o.Out = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Learn what good looks like, class by class, and keep some good images back to know the false-alarm rate."""
+    from adflow.data import open_data
+    from adflow.detector import Resources
+    from adflow.errors import UsageError
+    from adflow.methods import get
+    from adflow.tasks.fit import FitOptions
+    from adflow.tasks.fit import fit as run_fit
+
+    talk = Talk(json=json, quiet=quiet, verbose=verbose)
+    classes = [found for spec in data for found in open_data(spec, root=data_root)]
+    if out is not None and len(classes) > 1:
+        raise UsageError(f"--out takes one class, found {len(classes)}", hint="Use --runs FOLDER for several.")
+    chosen = o.settings(settings)
+    memory = o.bytes_of(feature_memory)
+    if max_memory is not None:
+        memory = min(memory, o.bytes_of(max_memory) // 4)
+        if "max_memory" in get(method).parameters_of():
+            chosen.setdefault("max_memory", o.bytes_of(max_memory))
+    options = FitOptions(
+        method=method,
+        recipe=recipe,
+        backbone=backbone,
+        taps=o.names(taps),
+        weights=weights,
+        settings=chosen,
+        size=o.size(size),
+        keep_aspect=keep_aspect,
+        holdout=0.0 if no_holdout else holdout,
+        folds=folds,
+        seed=seed,
+        device=device,
+        strict=strict,
+        resources=Resources(memory=memory, dtype=feature_dtype),
+    )
+    command = " ".join(["adflow", *sys.argv[1:]])
+    done = []
+    for one in classes:
+        for note in one.notes:
+            talk.detail(note)
+        with talk.progress(one.name) as progress:
+            summary = run_fit(
+                one, options, out=out, runs=runs, resume=resume, command=command, progress=progress
+            )
+        done.append(summary)
+        for line in summary["skipped"]:
+            talk.warn(f"skipped {line}")
+        talk.say(_sentence(summary))
+        if summary["calibration"] is None:
+            talk.warn("no calibration: the false-alarm rate of this detector is unknown")
+        else:
+            talk.detail(f"calibration: {summary['calibration']}")
+    talk.data({"runs": done}, "\n".join(summary["detector"] for summary in done))
+    talk.next(f"adflow evaluate {data[0]}   |   adflow segment FOLDER --nfa 1")
+
+
+def _sentence(summary: dict[str, object]) -> str:
+    seconds = summary["seconds"]
+    assert isinstance(seconds, dict)
+    total = sum(seconds.values())
+    return (
+        f"{summary['data']}: {summary['method']} on {summary['backbone']} learned from {summary['images']} good images"
+        f" in {total:.1f} s, {summary['held_out']} held out for calibration → run {summary['run']}"
+    )

@@ -1,0 +1,84 @@
+"""``adflow score``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from adflow.cli import _options as o
+from adflow.cli._console import Talk
+
+
+def score(
+    paths: o.Paths,
+    model: o.Model = None,
+    flag_rate: o.FlagRate = None,
+    device: o.Device = "auto",
+    precision: o.Precision = "float32",
+    weights: o.Weights = None,
+    workers: o.Workers = None,
+    top: Annotated[int, typer.Option(help="Rows of the table on the terminal; 0 = all.", min=0)] = 20,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes.")] = False,
+    strict: o.Strict = False,
+    data_root: o.DataRoot = None,
+    runs: o.Runs = None,
+    out: o.Out = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Give every image an anomaly score, a p-value and a verdict; CSV and JSON lines beside the table."""
+    from adflow.cli._inputs import gather, open_detector
+    from adflow.tasks.score import score as run_score
+
+    talk = Talk(json=json, quiet=quiet, verbose=verbose)
+    samples = gather(paths, data_root)
+    detector, path = open_detector(model, runs, device, precision, weights, talk)
+    folder = out or path.parent / "score"
+    with talk.progress("score") as progress:
+        result = run_score(
+            detector, samples, rate=flag_rate, out=folder, strict=strict, workers=workers, progress=progress
+        )
+    failed = [row for row in result["rows"] if row["error"]]
+    for row in failed:
+        talk.warn(f"skipped {row['error']}")
+    if result["drift"] and result["drift"].get("warning"):
+        talk.warn(result["drift"]["warning"])
+    talk.data({**result, "detector": str(path), "out": str(folder)}, _table(result, top))
+    if result["rate"] is not None:
+        flagged = sum(row["verdict"] == "defect" for row in result["rows"])
+        talk.say(
+            f"{flagged} of {len(result['rows']) - len(failed)} images called defective; "
+            f"of good images at most {result['rate']:.1%} are, on average"
+        )
+    else:
+        talk.warn("this detector is not calibrated: scores only, no verdict. Run `adflow calibrate`.")
+    if profile:
+        total = sum(result["seconds"].values()) or 1.0
+        for stage, took in result["seconds"].items():
+            talk.say(f"{stage:>8}  {took / len(samples) * 1e3:8.2f} ms per image  {took / total:6.1%}")
+    talk.say(f"written: {folder}/scores.csv, {folder}/scores.jsonl")
+    talk.next(f"adflow segment {paths[0]}")
+
+
+def _table(result: dict[str, Any], top: int) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = sorted((r for r in result["rows"] if not r["error"]), key=lambda row: -row["score"])
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("image", overflow="fold")
+    for name in ("score", "p-value", "verdict"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows[: top or None]:
+        verdict = row["verdict"] or "-"
+        table.add_row(
+            Text(row["image"]),
+            f"{row['score']:.4g}",
+            "-" if row["p_value"] is None else f"{row['p_value']:.3f}",
+            Text(verdict, style="bold red" if verdict == "defect" else ""),
+        )
+    if top and len(rows) > top:
+        table.caption = f"the {top} highest of {len(rows)} (--top 0 shows all)"
+    return table

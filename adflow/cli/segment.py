@@ -1,0 +1,96 @@
+"""``adflow segment``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from adflow.cli import _options as o
+from adflow.cli._console import Talk
+
+
+def segment(
+    paths: o.Paths,
+    model: o.Model = None,
+    nfa: o.Nfa = None,
+    flag_rate: o.FlagRate = None,
+    threshold: o.Threshold = None,
+    min_area: Annotated[int, typer.Option(help="Drop regions of fewer pixels.", min=0)] = 0,
+    overlays: Annotated[bool, typer.Option("--overlays/--no-overlays", help="Write pictures for people.")] = True,
+    overlay_size: Annotated[
+        int | None, typer.Option(help="Longer side of the pictures in pixels.", show_default=False, min=16)
+    ] = None,
+    device: o.Device = "auto",
+    precision: o.Precision = "float32",
+    weights: o.Weights = None,
+    workers: o.Workers = None,
+    strict: o.Strict = False,
+    data_root: o.DataRoot = None,
+    runs: o.Runs = None,
+    out: o.Out = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Mark the defects: masks, overlays, regions.jsonl and COCO, at a false-alarm rate you choose."""
+    from adflow.cli._inputs import gather, open_detector
+    from adflow.tasks._point import operating_point
+    from adflow.tasks.segment import segment as run_segment
+
+    talk = Talk(json=json, quiet=quiet, verbose=verbose)
+    samples = gather(paths, data_root)
+    detector, path = open_detector(model, runs, device, precision, weights, talk)
+    point = operating_point(detector, nfa=nfa, flag_rate=flag_rate, threshold=threshold)
+    folder = out or path.parent / "segment"
+    with talk.progress("segment") as progress:
+        result = run_segment(
+            detector,
+            samples,
+            point,
+            out=folder,
+            min_area=min_area,
+            overlays=overlays,
+            overlay_size=overlay_size,
+            strict=strict,
+            workers=workers,
+            progress=progress,
+        )
+    for row in result["images"]:
+        if row["error"]:
+            talk.warn(f"skipped {row['error']}")
+    if result["drift"] and result["drift"].get("warning"):
+        talk.warn(result["drift"]["warning"])
+    talk.data({**result, "detector": str(path)}, _table(result))
+    marked = sum(row["verdict"] == "defect" for row in result["images"])
+    talk.say(f"{len(result['regions'])} regions in {marked} of {len(result['images'])} images. {point.promise}")
+    if point.observed:
+        talk.say(
+            f"On the {point.observed['images']:.0f} calibration images: "
+            f"{point.observed['regions_per_image']:.2f} regions per image, "
+            f"{point.observed['flagged_share']:.0%} of them marked."
+        )
+    talk.say(f"written: {folder}/masks, overlays, regions.jsonl, images.csv, coco.json")
+
+
+def _table(result: dict[str, Any]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("image", overflow="fold")
+    for name in ("regions", "pixels", "log10 NFA", "verdict"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = [row for row in result["images"] if not row["error"]]
+    rows.sort(key=lambda row: (row["log10_nfa"] if row["log10_nfa"] is not None else 0.0, -row["score"]))
+    for row in rows[:20]:
+        table.add_row(
+            Text(row["image"]),
+            str(row["regions"]),
+            str(row["area"]),
+            "-" if row["log10_nfa"] is None else f"{row['log10_nfa']:.2f}",
+            Text(row["verdict"], style="bold red" if row["verdict"] == "defect" else ""),
+        )
+    if len(rows) > 20:
+        table.caption = f"the 20 strongest of {len(rows)}; all are in images.csv"
+    return table

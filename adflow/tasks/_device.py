@@ -1,0 +1,34 @@
+"""Which device the work runs on."""
+
+from __future__ import annotations
+
+import torch
+
+from adflow.errors import UnavailableError, UsageError
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the torch device called ``name``: cpu, cuda, cuda:N, mps, or auto for the fastest there is.
+
+    Raises:
+        UsageError: not a device name.
+        UnavailableError: this machine has no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device '{name}', expected cpu, cuda, cuda:1, mps or auto") from None
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if device.type not in there:
+        raise UsageError(f"unknown device '{name}', expected cpu, cuda, cuda:1, mps or auto")
+    if not there[device.type]:
+        raise UnavailableError(f"this machine has no device '{name}'", hint="Use --device cpu or --device auto.")
+    return device

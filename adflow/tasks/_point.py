@@ -1,0 +1,71 @@
+"""The operating point: where the line between good and defective is drawn, and what that promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from adflow.detector import Detector
+from adflow.errors import InputError, UsageError
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """Where the line between good and defective is drawn, and what that promises.
+
+    Attributes:
+        kind: "nfa", "flag-rate" or "threshold".
+        value: what was asked for.
+        threshold: score map level at which a region counts as a defect.
+        promise: one sentence for people.
+        observed: on the calibration images: regions per image and share of images flagged.
+    """
+
+    kind: str
+    value: float
+    threshold: float
+    promise: str
+    observed: dict[str, float] = field(default_factory=dict)
+
+
+# Tried in this order when the user names no setting: the strictest that the number of held-out images can carry.
+DEFAULT_NFA = (0.1, 0.3, 1.0)
+
+
+def operating_point(
+    detector: Detector,
+    *,
+    nfa: float | None = None,
+    flag_rate: float | None = None,
+    threshold: float | None = None,
+) -> OperatingPoint:
+    """Return the operating point the user asked for, or the default one.
+
+    Args:
+        detector: fitted, and calibrated unless ``threshold`` is given.
+        nfa: expected number of false regions per good image.
+        flag_rate: share of good images on which anything may be marked.
+        threshold: a level of the score map, promising nothing.
+
+    Raises:
+        UsageError: more than one of them.
+        InputError: the detector is not calibrated, or on too few images for the wish.
+    """
+    if sum(wish is not None for wish in (nfa, flag_rate, threshold)) > 1:
+        raise UsageError("give one of --nfa, --flag-rate and --threshold")
+    if threshold is not None:
+        return OperatingPoint("threshold", threshold, threshold, "A level chosen by hand; nothing is promised.")
+    calibration = detector.calibration
+    if calibration is None:
+        raise InputError(
+            "this detector has no calibration, so no false-alarm rate can be promised",
+            hint="Run `adflow calibrate RUN FOLDER_OF_GOOD`, or give --threshold.",
+        )
+    if flag_rate is not None:
+        level = calibration.flag_threshold(flag_rate)
+        promise = f"At most {flag_rate:.3g} of good images are marked at all, on average over calibration sets."
+        return OperatingPoint("flag-rate", flag_rate, level, promise, calibration.observed(level))
+    if nfa is None:
+        reachable = [eps for eps in DEFAULT_NFA if calibration.n + 1 >= 1 / eps]
+        nfa = reachable[0] if reachable else DEFAULT_NFA[-1]
+    level = calibration.threshold(nfa)
+    promise = f"At most {nfa:.3g} false regions per good image, on average."
+    return OperatingPoint("nfa", nfa, level, promise, calibration.observed(level))

@@ -1,0 +1,245 @@
+"""``fit`` and ``calibrate``: learn from good images, keep some back, write a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from adflow import __version__, methods
+from adflow._files import make_folder, write_text
+from adflow.calibration import Calibration
+from adflow.data import Dataset, Images, Sample
+from adflow.detector import Detector, Progress, Resources
+from adflow.detector_file import digest, load_detector, save_detector
+from adflow.errors import InputError, UsageError
+from adflow.imaging import Size
+from adflow.pipeline import run
+from adflow.runs import DETECTOR, run_name, runs_folder
+from adflow.tasks._device import choose_device
+
+DEFAULT_METHOD = "cflow"
+DEFAULT_SIZE: Size = (256, 256)
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What ``fit`` does besides the data; the defaults are those of the command line.
+
+    Attributes:
+        method: name of a method.
+        recipe: "fast" or "paper".
+        backbone: name of a backbone; None = the recipe's.
+        taps: its taps; None = the recipe's.
+        weights: local weight file of the backbone.
+        settings: constructor parameters of the method.
+        size: (height, width) of the network input; None = the recipe's, else 256 x 256.
+        keep_aspect: letterbox instead of stretching; None = the recipe's, else False.
+        holdout: share of the training images that is kept for calibration, never fitted on.
+        folds: K > 1 calibrates on out-of-fold scores instead and fits on every image.
+        seed: of everything random.
+        device: cpu, cuda, cuda:N, mps, auto.
+        strict: an unreadable image is fatal.
+        resources: memory, feature folder, storage type, checkpoint.
+    """
+
+    method: str = DEFAULT_METHOD
+    recipe: str = "fast"
+    backbone: str | None = None
+    taps: tuple[str, ...] | None = None
+    weights: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    size: Size | None = None
+    keep_aspect: bool | None = None
+    holdout: float = 0.1
+    folds: int = 0
+    seed: int = 0
+    device: str = "auto"
+    strict: bool = False
+    resources: Resources = field(default_factory=Resources)
+
+
+def hold_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split ``count`` images into those to fit on and those held out, both in order.
+
+    At least 8 are held out where there are 40: fewer cannot carry a promise about false alarms. Below 10 images none
+    are: the fit needs them more.
+    """
+    if not 0 <= share < 1:
+        raise UsageError(f"--holdout is {share}, expected a share in [0, 1)")
+    held = round(count * share)
+    if share and count >= 10:
+        held = max(held, 8 if count >= 40 else max(1, count // 5))
+    elif count < 10:
+        held = 0
+    chosen = sorted(np.random.default_rng(seed).permutation(count)[:held].tolist())
+    out = set(chosen)
+    return [i for i in range(count) if i not in out], chosen
+
+
+def fit(
+    data: Dataset,
+    options: FitOptions | None = None,
+    *,
+    out: Path | None = None,
+    runs: Path | None = None,
+    resume: bool = False,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Fit a detector on the good training images of ``data``, calibrate it, and write its run folder.
+
+    No label and no test image is read. What is known of other images is learned here and saved.
+
+    Args:
+        data: one class.
+        options: method and how to fit it.
+        out: run folder; None = a name made of data, method, backbone and seed inside ``runs``.
+        runs: folder of runs; None = ``ADFLOW_RUNS`` or ``./runs``.
+        resume: go on from the checkpoint of an interrupted fit.
+        command: what the user typed, for the provenance.
+        progress: called with (done, total, message).
+
+    Returns:
+        A summary that JSON can hold: run, detector, counts, seconds, calibration health, digest, notes.
+
+    Raises:
+        InputError: too few or unreadable images.
+        TrainingError: the training did not stay finite.
+    """
+    options = options or FitOptions()
+    detector, size, keep_aspect = prepare(data, options)
+    name = run_name(data.name, options.method, detector.backbone.name, options.seed)
+    folder = make_folder(out or runs_folder(runs) / name)
+    checkpoint = folder / "fit.checkpoint"
+    if not resume:
+        checkpoint.unlink(missing_ok=True)
+    options = replace(options, resources=replace(options.resources, checkpoint=checkpoint))
+    fitted = fit_detector(detector, data.train, options, size, keep_aspect, progress)
+    detector.provenance |= {"data": data.name, "fingerprint": data.fingerprint(), "command": command}
+    path = save_detector(detector, folder / DETECTOR)
+    checkpoint.unlink(missing_ok=True)
+    summary = {"run": folder.name, "detector": str(path), "data": data.name, **fitted, "notes": data.notes}
+    write_text(folder / "fit.json", json.dumps(summary, indent=2, default=str) + "\n")
+    return summary
+
+
+def prepare(data: Dataset, options: FitOptions) -> tuple[Detector, Size, bool]:
+    """Create the unfitted detector that ``options`` ask for, with input size and aspect."""
+    detector, reading = methods.build(
+        options.method,
+        recipe=options.recipe,
+        class_=data.class_,
+        backbone=options.backbone,
+        taps=options.taps,
+        weights=options.weights,
+        settings=options.settings,
+    )
+    wanted = options.size or reading.get("size") or DEFAULT_SIZE
+    size = (wanted, wanted) if isinstance(wanted, int) else (int(wanted[0]), int(wanted[1]))
+    keep = reading.get("keep_aspect", False) if options.keep_aspect is None else options.keep_aspect
+    return detector, size, bool(keep)
+
+
+def fit_detector(
+    detector: Detector,
+    train: Sequence[Sample],
+    options: FitOptions,
+    size: Size,
+    keep_aspect: bool,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Fit and calibrate ``detector`` in place; return counts and seconds.
+
+    Raises:
+        InputError: fewer than 2 images to fit on.
+    """
+    began = time.perf_counter()
+    chosen, held = hold_out(len(train), 0.0 if options.folds > 1 else options.holdout, options.seed)
+    if len(chosen) < 2:
+        raise InputError(
+            f"{len(chosen)} good training images, expected at least 2 (better 40 or more)",
+            hint="Put good images into the training folder.",
+        )
+    detector.to(choose_device(options.device))
+    detector.keep_aspect = keep_aspect
+    skipped: list[str] = []
+
+    def learn(target: Detector, indices: Sequence[int], message: str) -> None:
+        source = Images([train[i] for i in indices], size, keep_aspect=keep_aspect, strict=options.strict)
+        target.fit(source, seed=options.seed, resources=options.resources, progress=progress)
+        skipped.extend(f"{path}: {reason}" for path, reason in source.skipped)
+        if progress:
+            progress(1, 1, message)
+
+    out_of_fold: list[Calibration] = []
+    if options.folds > 1:
+        order = np.random.default_rng(options.seed).permutation(len(train))
+        for fold, part in enumerate(np.array_split(order, options.folds)):
+            rest = sorted(set(range(len(train))) - set(part.tolist()))
+            learn(detector, rest, f"fold {fold + 1} of {options.folds}")
+            out_of_fold.append(_calibration(detector, [train[i] for i in sorted(part.tolist())], options.strict))
+    learn(detector, chosen, "fitted")
+    learned = time.perf_counter()
+    if out_of_fold:
+        detector.calibration = Calibration.merge(out_of_fold)
+    elif held:
+        detector.calibration = _calibration(detector, [train[i] for i in held], options.strict)
+    done = time.perf_counter()
+    detector.provenance = {
+        "adflow": __version__,
+        "torch": torch.__version__,
+        "seed": options.seed,
+        "recipe": options.recipe,
+        "device": str(detector.device()),
+        "images": len(chosen),
+        "held_out": len(held) or (len(train) if out_of_fold else 0),
+        "folds": options.folds,
+        "seconds": round(done - began, 3),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    return {
+        "method": detector.method(),
+        "recipe": options.recipe,
+        "backbone": detector.backbone.name,
+        "size": list(size),
+        "keep_aspect": keep_aspect,
+        "seed": options.seed,
+        "images": len(chosen),
+        "held_out": detector.provenance["held_out"],
+        "skipped": skipped,
+        "seconds": {"fit": round(learned - began, 3), "calibration": round(done - learned, 3)},
+        "calibration": None if detector.calibration is None else detector.calibration.health(),
+        "digest": digest({k: v.cpu() for k, v in detector.learned().items()}, {}),
+    }
+
+
+def _calibration(detector: Detector, good: Sequence[Sample], strict: bool) -> Calibration:
+    maps: list[np.ndarray] = []
+    scores: list[float] = []
+    for scored in run(detector, good, strict=strict):
+        if scored.error is None:
+            maps.append(scored.map)
+            scores.append(scored.image)
+    if not maps:
+        raise InputError("none of the images held out for calibration could be read")
+    return Calibration.from_maps(maps, np.asarray(scores))
+
+
+def calibrate(model: Path, good: Sequence[Sample], *, device: str = "auto", strict: bool = False) -> dict[str, Any]:
+    """Calibrate a fitted detector anew on good images it was not fitted on, and write it back.
+
+    Raises:
+        InputError: no readable image.
+    """
+    detector = load_detector(model, device=choose_device(device))
+    detector.calibration = _calibration(detector, good, strict)
+    detector.provenance = detector.provenance | {"held_out": len(good), "recalibrated": True}
+    save_detector(detector, model)
+    return {"detector": str(model), "images": len(good), "calibration": detector.calibration.health()}
