@@ -1,0 +1,171 @@
+"""Gaussian statistics of features: streamed, mergeable, factored without a loop over positions.
+
+One class of sufficient statistics serves both uses: *global* whitening is the case of one position that all
+patches share, the *per-position* Gaussian (PaDiM, Defard et al., 2021, arXiv:2011.08785, section III-B) is
+the case of one position per grid cell. Everything is summed in float64; only what scoring needs is cast to
+float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adflow.errors import InputError
+
+
+class Moments:
+    """Count, mean and scatter of vectors at P positions, independently of each other.
+
+    Batches are folded in by their own mean (Chan, Golub & LeVeque, Updating formulae and a pairwise algorithm
+    for computing sample variances, 1979, eq. 2.1), so that nothing cancels, and parts merged in any grouping
+    agree with the whole to float64 rounding.
+
+    Args:
+        positions: P.
+        width: number of channels C; the scatter takes P * C * C * 8 bytes.
+
+    Attributes:
+        count: vectors seen at each position.
+        mean: [P, C] float64.
+        scatter: [P, C, C] float64, sum of (x - mean)(x - mean)^T.
+    """
+
+    def __init__(self, positions: int, width: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(positions, width, dtype=torch.float64)
+        self.scatter = torch.zeros(positions, width, width, dtype=torch.float64)
+
+    def add(self, vectors: Tensor) -> None:
+        """Fold in vectors [n, P, C] of any float type.
+
+        Raises:
+            InputError: a value is not finite.
+        """
+        if len(vectors) == 0:
+            return
+        values = vectors.to(torch.float64).transpose(0, 1)  # [P, n, C]
+        mean = values.mean(dim=1)
+        if not bool(torch.isfinite(mean).all()):
+            raise InputError("features are not finite", hint="Check the images and the backbone's weights.")
+        centred = values - mean.unsqueeze(1)
+        self._shift(mean, vectors.shape[0])
+        self.scatter.baddbmm_(centred.transpose(1, 2), centred)
+
+    def merge(self, other: Moments) -> None:
+        """Fold in the statistics of other vectors at the same positions."""
+        if other.count == 0:
+            return
+        self._shift(other.mean, other.count)
+        self.scatter += other.scatter
+
+    def _shift(self, mean: Tensor, count: int) -> None:
+        """Take ``count`` further vectors with ``mean`` into count and mean, and the between-part into the scatter."""
+        total = self.count + count
+        step = mean - self.mean
+        self.mean += step * (count / total)
+        if self.count:
+            weight = self.count * count / total
+            self.scatter.baddbmm_(step.unsqueeze(2) * weight, step.unsqueeze(1))
+        self.count = total
+
+    def covariance(self) -> Tensor:
+        """Return the unbiased covariance [P, C, C] float64.
+
+        Raises:
+            InputError: fewer than two vectors a position.
+        """
+        if self.count < 2:
+            raise InputError(f"{self.count} training image gives no covariance, expected at least 2")
+        return self.scatter / (self.count - 1)
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """The eigenbasis of the correlation of all patches: y = (x - mean) @ basis has variances ``spectrum``.
+
+    Attributes:
+        mean: [C] float64.
+        basis: [C, C] float64; column j is eigenvector j of the correlation, divided by the channels'
+        deviations.
+        spectrum: [C] float64 eigenvalues of the correlation plus the ridge, descending; all > 0.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    spectrum: Tensor
+
+    def matrix(self, alpha: float = 1.0) -> Tensor:
+        """Return [C, C] float64 so that z = (x - mean) @ matrix is whitened to the degree ``alpha``.
+
+        0 leaves standardised channels (rotated), 1 makes all directions count alike, 0.5 stands half way:
+        direction j keeps the variance spectrum_j^(1 - alpha).
+        """
+        return self.basis * self.spectrum.pow(-alpha / 2)
+
+
+def whitening(moments: Moments, ridge: float = 0.01) -> Whitening:
+    """Return the whitening of the vectors seen at one position.
+
+    Args:
+        moments: statistics with P = 1.
+        ridge: added to the eigenvalues of the correlation: directions with less variance than that are noise
+        of the
+            arithmetic and must not be blown up.
+    """
+    covariance = moments.covariance()[0]
+    deviation = covariance.diagonal().clamp(min=0).sqrt()
+    # A channel that (nearly) never changes carries nothing; dividing by its deviation would make noise of it.
+    deviation = deviation.clamp(min=float(deviation.mean()) * 1e-3 + 1e-12)
+    correlation = covariance / deviation / deviation.unsqueeze(1)
+    values, vectors = torch.linalg.eigh(correlation)
+    spectrum = values.flip(0).clamp(min=0) + ridge
+    return Whitening(moments.mean[0].clone(), vectors.flip(1) / deviation.unsqueeze(1), spectrum)
+
+
+def shrink(covariance: Tensor, shrinkage: float) -> Tensor:
+    """Return (1 - shrinkage) * covariance + shrinkage * I, batched over leading axes.
+
+    In whitened space the identity is the covariance of all patches: a position borrows from the whole.
+    """
+    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
+    return (1 - shrinkage) * covariance + shrinkage * eye
+
+
+def inverse_factor(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A with A^T A = covariance^-1, and log det covariance, from one batched Cholesky decomposition.
+
+    The squared Mahalanobis distance is |A (x - mean)|^2. A is lower triangular.
+
+    Args:
+        covariance: [P, C, C] float64, positive definite.
+
+    Returns:
+        A [P, C, C] and log det [P], both float64.
+
+    Raises:
+        InputError: a covariance is not positive definite.
+    """
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if bool((failed != 0).any()):
+        raise InputError(
+            f"the covariance at {int((failed != 0).sum())} of {failed.numel()} positions is not positive
+            definite", hint="Use more shrinkage or a larger ridge, or check the training images.",
+        )
+    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype).expand_as(covariance)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return inverse, 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
+
+
+def mahalanobis(vectors: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+    """Return squared Mahalanobis distances [B, P] of vectors [B, P, C] by position.
+
+    Args:
+        vectors: [B, P, C].
+        mean: [P, C].
+        inverse: [P, r, C] from :func:`inverse_factor`.
+    """
+    centred = (vectors - mean).permute(1, 2, 0)  # [P, C, B]
+    return torch.bmm(inverse, centred).square().sum(dim=1).T
