@@ -62,7 +62,7 @@ class Moments:
         self.scatter += other.scatter
 
     def _shift(self, mean: Tensor, count: int) -> None:
-        """Take ``count`` further vectors with ``mean`` into count and mean, and the between-part into the scatter."""
+        """Take ``count`` further vectors into count and mean, and what lies between the means into scatter."""
         total = self.count + count
         step = mean - self.mean
         self.mean += step * (count / total)
@@ -150,9 +150,10 @@ def inverse_factor(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if bool((failed != 0).any()):
+        bad = int((failed != 0).sum())
         raise InputError(
-            f"the covariance at {int((failed != 0).sum())} of {failed.numel()} positions is not positive
-            definite", hint="Use more shrinkage or a larger ridge, or check the training images.",
+            f"the covariance at {bad} of {failed.numel()} positions is not positive definite",
+            hint="Use more shrinkage or a larger ridge, or check the training images.",
         )
     eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype).expand_as(covariance)
     inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
