@@ -124,8 +124,10 @@ class Detector(nn.Module, ABC):
 
     @classmethod
     def method(cls) -> str:
-        """Return the name users type: the name of the file the class lives in."""
-        return cls.__module__.rpartition(".")[2]
+        """Return the name users type: the file the class lives in, or the entry point of its package."""
+        from adflow.methods import name_of
+
+        return name_of(cls.__module__)
 
     @classmethod
     def parameters_of(cls) -> dict[str, Any]:

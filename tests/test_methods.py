@@ -1,0 +1,236 @@
+"""Laws that every method obeys, on a tiny random backbone, in seconds. A new method is tested with no edit here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from adflow import methods
+from adflow.backbones import Backbone
+from adflow.detector import Detector
+from adflow.detector_file import load_detector, save_detector
+from adflow.errors import AdflowError, InputError
+
+NAMES = methods.names()
+SIZE = (64, 64)
+
+
+def good_images(count: int, size: tuple[int, int] = SIZE, seed: int = 0) -> torch.Tensor:
+    """Smooth stripes with a little noise: every image differs, all look alike."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.linspace(0, 6.28, size[0])[:, None]
+    x = torch.linspace(0, 6.28, size[1])[None, :]
+    phase = torch.rand(count, 3, 1, 1, generator=generator) * 0.4
+    images = 0.5 + 0.25 * torch.sin(2 * x + phase) + 0.15 * torch.cos(3 * y + phase)
+    return (images + 0.02 * torch.randn(count, 3, *size, generator=generator)).clamp(0, 1)
+
+
+def with_defect(images: torch.Tensor) -> torch.Tensor:
+    """A bright checkered patch that no good image has."""
+    bad = images.clone()
+    h, w = images.shape[2] // 4, images.shape[3] // 4
+    board = (torch.arange(h)[:, None] + torch.arange(w)[None, :]) % 2
+    bad[:, :, h : 2 * h, w : 2 * w] = board.float()
+    return bad
+
+
+def make(name: str, backbone: Backbone) -> Detector:
+    cls = methods.get(name)
+    recipe = cls.recipe_for("tiny" if "tiny" in cls.recipes else "fast")
+    settings = {k: v for k, v in recipe.items() if k not in ("backbone", "taps", "size", "keep_aspect")}
+    return cls(backbone, **settings)
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny_backbone: Backbone) -> dict[str, Detector]:
+    """Every method fitted once on the same good images."""
+    return {name: make(name, tiny_backbone).fit(good_images(12), seed=3) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_score_is_a_function_of_one_image(name: str, fitted: dict[str, Detector]) -> None:
+    images = torch.cat([good_images(3, seed=1), with_defect(good_images(1, seed=2))])
+    together = fitted[name].score(images)
+    assert together.map.shape == (4, *SIZE) and together.image.shape == (4,)
+    for i in range(4):
+        alone = fitted[name].score(images[i : i + 1])
+        assert torch.equal(alone.map[0], together.map[i]) and torch.equal(alone.image[0], together.image[i])
+    turned = fitted[name].score(images.flip(0))
+    assert torch.equal(turned.map.flip(0), together.map) and torch.equal(turned.image.flip(0), together.image)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scoring_changes_no_state_and_no_generator(name: str, fitted: dict[str, Detector]) -> None:
+    detector = fitted[name]
+    before = {k: v.clone() for k, v in detector.state_dict().items()}
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    numpy_state = np.random.get_state()[1].copy()  # type: ignore[index, union-attr]  # noqa: NPY002
+    detector.score(good_images(2))
+    assert torch.equal(torch.rand(3), expected)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)  # type: ignore[arg-type]  # noqa: NPY002
+    after = detector.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before) and not detector.training
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_bits_and_refit_forgets(name: str, tiny_backbone: Backbone, fitted: dict[str, Detector]) -> None:
+    other = make(name, tiny_backbone).fit(good_images(10, seed=9), seed=1)
+    other.fit(good_images(12), seed=3)
+    first, second = fitted[name].learned(), other.learned()
+    assert set(first) == set(second)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fit_leaves_the_backbone_alone(name: str, tiny_backbone: Backbone) -> None:
+    before = {k: v.clone() for k, v in tiny_backbone.state_dict().items()}
+    make(name, tiny_backbone).fit(good_images(8), seed=0)
+    after = tiny_backbone.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert not any(p.requires_grad for p in tiny_backbone.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_planted_defect_scores_higher(name: str, fitted: dict[str, Detector]) -> None:
+    good = good_images(6, seed=4)
+    scores_good, scores_bad = fitted[name].score(good).image, fitted[name].score(with_defect(good)).image
+    assert (scores_bad > scores_good).all(), (scores_good, scores_bad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_sizes_and_extreme_images_give_finite_scores(name: str, tiny_backbone: Backbone) -> None:
+    size = (72, 88)
+    detector = make(name, tiny_backbone).fit(good_images(8, size), seed=0)
+    extreme = torch.stack([torch.zeros(3, *size), torch.ones(3, *size), good_images(1, size, seed=7)[0]])
+    scores = detector.score(extreme)
+    assert scores.map.shape == (3, *size)
+    assert torch.isfinite(scores.map).all() and torch.isfinite(scores.image).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_and_loaded_in_a_fresh_process_it_scores_the_same_bits(
+    name: str, fitted: dict[str, Detector], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_detector(fitted[name], tmp_path / "d.safetensors")
+    images = with_defect(good_images(2, seed=6))
+    monkeypatch.setattr("adflow.detector_file.make_backbone", lambda *_, **__: fitted[name].backbone)
+    again = load_detector(path)
+    assert torch.equal(again.score(images).map, fitted[name].score(images).map)
+    assert again.params() == fitted[name].params()
+
+
+def test_energies_are_non_negative_and_roughly_calibrated(fitted: dict[str, Detector]) -> None:
+    with_null = [name for name in NAMES if methods.get(name).has_null]
+    assert with_null, "no method has a null model"
+    for name in with_null:
+        for energy in fitted[name].energies(good_images(12)):
+            assert (energy.chi2 >= 0).all() and torch.isfinite(energy.chi2).all(), name
+            # On the images it was fitted on the mean energy is about its degrees of freedom: an order of magnitude.
+            assert 0.1 < float(energy.chi2.mean()) / energy.dof < 10, name
+
+
+def test_methods_without_a_null_model_say_so(fitted: dict[str, Detector]) -> None:
+    for name in NAMES:
+        if not methods.get(name).has_null:
+            with pytest.raises(InputError, match="null"):
+                fitted[name].energies(good_images(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_facts_are_there_without_importing_torch(name: str) -> None:
+    row = next(row for row in methods.facts() if row["name"] == name)
+    assert row["paper"] and row["year"] and row["learns"] and row["fit_cost"] and row["score_cost"]
+    assert isinstance(row["null"], bool) if "null" in row else True
+
+
+def test_unknown_names_are_answered_with_the_nearest() -> None:
+    with pytest.raises(AdflowError, match="did you mean 'cflow'"):
+        methods.get("cflwo")
+    with pytest.raises(AdflowError, match="setting of cflow"):
+        methods.build("cflow", settings={"stepz": 3})
+
+
+def test_listing_methods_imports_no_torch() -> None:
+    code = "import sys; from adflow import methods; methods.facts(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_layers_import_only_downwards() -> None:
+    import ast
+
+    layers = [
+        ["cli"],
+        ["tasks", "evaluation", "export"],
+        ["pipeline", "runs", "detector_file"],
+        ["report", "overlays", "calibration", "methods"],
+        ["detector", "features"],
+        ["data", "backbones"],
+        ["zoo", "fetch"],
+        ["imaging", "flows", "nfa", "metrics"],
+        ["errors"],
+    ]
+    rank = {name: i for i, names in enumerate(layers) for name in names}
+    root = Path(methods.__file__).parents[1]
+    for file in root.rglob("*.py"):
+        own = file.relative_to(root).parts[0].removesuffix(".py")
+        if own not in rank:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("adflow"):
+                parts = node.module.split(".")
+                targets = [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+                for target in targets:
+                    if target in rank:
+                        assert rank[target] >= rank[own], f"{file.name} imports {target} from above"
+                if own == "methods" and parts[1:2] == ["methods"] and len(parts) > 2:
+                    assert parts[2].startswith("_"), f"{file.name} imports the method {parts[2]}"
+
+
+TOY = '''
+    """A method in one file: the distance of each cell to the mean of all good cells."""
+
+    import torch
+
+    from adflow.detector import FeatureDetector
+
+
+    class Toy(FeatureDetector):
+        paper = "no paper: an example"
+        year = 2026
+        learns = "the mean feature"
+        fit_cost = "O(n)"
+        score_cost = "O(1)"
+
+        def prepare(self, channels, grids, size, generator):
+            self.register_buffer("mean", torch.zeros(channels[0]))
+
+        def fit_features(self, bank, *, generator, progress=None, checkpoint=None):
+            self.mean = bank.level(0).float().mean((0, 2, 3))
+
+        def score_features(self, pyramid):
+            return (pyramid[0] - self.mean[:, None, None]).square().mean(1)
+'''
+
+
+def test_a_method_of_another_package_needs_one_file_and_an_entry_point(
+    tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toy_method.py").write_text(textwrap.dedent(TOY))
+    info = tmp_path / "toy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[adflow.methods]\ntoy = toy_method\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "toy" in methods.names()
+    detector = make("toy", tiny_backbone).fit(good_images(6))
+    assert torch.isfinite(detector.score(good_images(1)).map).all()
+    row = next(row for row in methods.facts() if row["name"] == "toy")
+    assert row["learns"] == "the mean feature" and detector.method() == "toy"
