@@ -115,7 +115,7 @@ def read_mask(
     if path.suffix.lower() == ".npy":
         return _npy_mask(path, index)
     if index is not None:
-        raise InputError(f"{_show(path)} is a single picture: frame {index} of it cannot be read as a mask")
+        raise InputError(f"{show(path)} is a single picture: frame {index} of it cannot be read as a mask")
     return _decode(path, _binary, None, max_pixels)
 
 
@@ -277,11 +277,11 @@ def _decode(
     """Open ``path`` and return ``convert(image)``; whatever goes wrong is one InputError naming the file."""
     try:
         if path.stat().st_size == 0:
-            raise InputError(f"{_show(path)} is empty (0 bytes), expected an image")
+            raise InputError(f"{show(path)} is empty (0 bytes), expected an image")
         with Image.open(path, formats=_FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise InputError(
-                    f"{_show(path)} declares {image.width} x {image.height} pixels, more than the limit of "
+                    f"{show(path)} declares {image.width} x {image.height} pixels, more than the limit of "
                     f"{max_pixels / 1e6:.0f} megapixels"
                 )
             if at_least is not None:
@@ -295,16 +295,16 @@ def _decode(
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"{_show(path)} declares more pixels than can be read safely: {error}") from error
+        raise InputError(f"{show(path)} declares more pixels than can be read safely: {error}") from error
     except OSError as error:
         reason = error.strerror or (
             "not an image of a kind that can be read" if "cannot identify" in str(error) else str(error)
         )
-        raise InputError(f"cannot read {_show(path)}: {reason}") from error
+        raise InputError(f"cannot read {show(path)}: {reason}") from error
     except Exception as error:
         # Pillow's decoders let through whatever their parsers met: struct.error, SyntaxError, zlib.error...
         raise InputError(
-            f"cannot read {_show(path)}: damaged image ({type(error).__name__}: {error})"
+            f"cannot read {show(path)}: damaged image ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -328,7 +328,7 @@ def _deep(image: Image.Image) -> npt.NDArray[np.float32]:
         low, high, top, what = values.min(), values.max(), 65535.0, "integer"
     if not (low >= 0 and high <= top):  # false for NaN too
         raise InputError(
-            f"{_show(_path_of(image))}: {what} values from {low} to {high}, expected 0 to {top:g}",
+            f"{show(_path_of(image))}: {what} values from {low} to {high}, expected 0 to {top:g}",
             hint="Rescale the images in one way for the whole data set, and save them as 8- or 16-bit.",
         )
     return (values / top).astype(np.float32)
@@ -353,14 +353,14 @@ def _npy_mask(path: Path, index: int | None) -> npt.NDArray[np.bool_]:
         stack = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot read {_show(path)}: {reason}") from error
+        raise InputError(f"cannot read {show(path)}: {reason}") from error
     if stack.ndim == 3 and index is not None and 0 <= index < len(stack):
         return np.asarray(stack[index] != 0)
     if stack.ndim == 2 and index is None:
         return np.asarray(stack != 0)
     asked = "no frame number" if index is None else f"frame {index}"
     raise InputError(
-        f"{_show(path)} is an array of shape {stack.shape}: {asked} given, expected [T, H, W] and 0..T-1"
+        f"{show(path)} is an array of shape {stack.shape}: {asked} given, expected [T, H, W] and 0..T-1"
     )
 
 
@@ -400,10 +400,10 @@ def _path_of(image: Image.Image) -> str:
     return str(getattr(image, "filename", "") or "image")
 
 
-def _show(path: Path | str) -> str:
+def show(path: Path | str) -> str:
     r"""Name a file in one line, whatever characters its name holds.
 
-    >>> _show("a b.png"), _show("new\nline.png")
+    >>> show("a b.png"), show("new\nline.png")
     ('a b.png', "'new\\nline.png'")
     """
     text = str(path)

@@ -1,0 +1,333 @@
+"""Data sets: which images there are, what is known of each, and batches of them.
+
+A data set is a folder in one of the layouts of this package. Each layout is a module with three functions::
+
+    matches(folder: Path) -> bool                  # a class folder, or a folder of such
+    classes(folder: Path) -> list[str]             # [folder.name] for a class folder
+    read(folder: Path, class_: str) -> Dataset
+
+A new module in this package is found without any registration; ``folder`` takes what no other layout
+claims. Labels come from the structure of folders below the one that was named, never from a word somewhere
+in the path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pkgutil
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+
+from adflow.data._scan import list_images
+from adflow.errors import InputError, UnavailableError, UsageError, unknown
+from adflow.imaging import Box, Size, fit_to, read_image, show
+from adflow.zoo import home
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Dataset", "Frame", "Images", "Sample", "list_images", "open_data"]
+
+# Names that the archives of the data sets unpack to.
+_ALIASES = {
+    "mvtec": ("mvtec_anomaly_detection", "mvtec_ad", "mvtec-ad", "MVTec"),
+    "btad": ("BTech_Dataset_transformed", "BTAD"),
+    "stc": ("shanghaitech", "ShanghaiTech"),
+    "lgg-mri": ("lgg-mri-segmentation", "kaggle_3m", "lgg_mri"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image and what is known of it.
+
+    Attributes:
+        image: the file.
+        split: "train" or "test".
+        label: 0 good, 1 defective, None unknown.
+        defect: name of the kind of defect; None for good or unknown.
+        mask: file of the ground truth, where there is one.
+        mask_index: frame of ``mask`` when that is an array [T, H, W].
+    """
+
+    image: Path
+    split: str
+    label: int | None
+    defect: str | None
+    mask: Path | None
+    mask_index: int | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One class of a data set.
+
+    Attributes:
+        name: what a user types, such as "mvtec/screw"; for a folder its own name.
+        family: "mvtec", "demo", ..., or "folder" for a user's own images.
+        class_: "screw".
+        root: the folder it was read from.
+        train: good images to fit on, sorted by defect and name.
+        test: images to evaluate on, sorted likewise; may be empty.
+        notes: what the user should know: splits that were made, things left out.
+    """
+
+    name: str
+    family: str
+    class_: str
+    root: Path
+    train: Sequence[Sample]
+    test: Sequence[Sample]
+    notes: list[str] = field(default_factory=list)
+
+    def fingerprint(self) -> str:
+        """Return the sha256 over split, relative name and byte count of every image and mask.
+
+        It tells whether two runs saw the same files; an edit that keeps names and sizes is not noticed.
+        """
+        lines: set[bytes] = set()
+        for sample in (*self.train, *self.test):
+            for kind, path in (("image", sample.image), ("mask", sample.mask)):
+                if path is not None:
+                    relative = Path(os.path.relpath(path, self.root)).as_posix()
+                    size = path.stat().st_size if path.exists() else -1
+                    lines.add(f"{sample.split}\0{kind}\0{size}\0".encode() + os.fsencode(relative))
+        return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()
+
+
+class Layout(Protocol):
+    """What a layout module offers."""
+
+    def matches(self, folder: Path) -> bool: ...
+    def classes(self, folder: Path) -> list[str]: ...
+    def read(self, folder: Path, class_: str) -> Dataset: ...
+
+
+def open_data(spec: str | Path, *, root: Path | None = None) -> list[Dataset]:
+    """Find a data set by name or folder; one :class:`Dataset` per class, sorted.
+
+    A path that exists is taken as it is. ``demo`` and ``demo/brick`` are made on first use. Other names
+    (``mvtec``, ``mvtec/cable``) are looked for in ``root``, in the folder that ``ADFLOW_DATA`` names, and
+    in the cache, where ``adflow download`` puts them.
+
+    Args:
+        spec: "mvtec/cable", "mvtec" (every class that is present), "demo/brick", or a folder.
+        root: folder that holds data sets.
+
+    Raises:
+        UsageError: no such name.
+        UnavailableError: a known data set that is not on this machine.
+        InputError: a folder that is missing, empty, or whose structure contradicts itself.
+    """
+    path = Path(spec).expanduser()
+    if path.exists():
+        # Made absolute by text: a link keeps the name that the user sees.
+        return _read_all(Path(os.path.normpath(path.absolute())))
+    if isinstance(spec, Path):
+        raise InputError(f"there is no folder {show(spec)}")
+    family, _, class_ = spec.strip().rstrip("/").partition("/")
+    if family == "demo":
+        from adflow.data import demo
+
+        return [demo.open_texture(texture) for texture in ([class_] if class_ else demo.TEXTURES)]
+    if family not in families() or "/" in class_:
+        if "/" in spec or "\\" in spec or path.suffix:
+            raise InputError(f"there is no folder {show(spec)}, and no data set of that name")
+        raise unknown("data set", spec, families())
+    bases = [root] if root else []
+    bases += [Path(value).expanduser() for value in [os.environ.get("ADFLOW_DATA")] if value]
+    bases.append(home() / "data")
+    for base in bases:
+        found = _find(base, family, class_)
+        if found:
+            return [dataclasses.replace(one, family=family, name=f"{family}/{one.class_}") for one in found]
+    raise UnavailableError(
+        f"data set {spec} is not here; looked in {', '.join(show(base) for base in bases)}",
+        hint=f"Run `adflow download {spec}`, or name its folder: --data-root FOLDER, or ADFLOW_DATA=FOLDER.",
+    )
+
+
+def families() -> list[str]:
+    """Return the names of data sets that :func:`open_data` knows, sorted."""
+    return sorted(["demo", *(name.replace("_", "-") for name in _layout_names() if name != "folder")])
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One image as the network sees it.
+
+    Attributes:
+        index: place in the list it came from.
+        path: the file.
+        array: [3, H, W] float32 in [0, 1].
+        box: where the image itself lies inside ``array``.
+        original: (height, width) of the image as read.
+    """
+
+    index: int
+    path: Path
+    array: np.ndarray[Any, np.dtype[np.float32]]
+    box: Box
+    original: Size
+
+
+class Images:
+    """Images brought to one size, read in the background, handed out in the order they were given.
+
+    At most a few images per worker are decoded ahead, whatever the length of the list. A file that cannot
+    be read is left out and recorded in ``skipped``; later passes do not try it again.
+
+    Args:
+        items: samples or paths.
+        size: (height, width) of the network input.
+        keep_aspect: letterbox instead of stretching; see :func:`adflow.imaging.fit_to`.
+        strict: raise at the first file that cannot be read.
+        workers: decoding threads; None = the cores of this process, at most 4; 0 = decode where it is asked
+            for.
+
+    Attributes:
+        skipped: (path, reason) of every file that could not be read.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Sample | Path | str],
+        size: Size,
+        keep_aspect: bool = False,
+        strict: bool = False,
+        workers: int | None = None,
+    ) -> None:
+        self.paths = [item.image if isinstance(item, Sample) else Path(item) for item in items]
+        self.size = size
+        self.keep_aspect = keep_aspect
+        self.strict = strict
+        self.workers = min(4, _cores()) if workers is None else workers
+        self.skipped: list[tuple[Path, str]] = []
+        self._bad: set[int] = set()
+
+    def __len__(self) -> int:
+        """Return how many images there are, without those found unreadable so far."""
+        return len(self.paths) - len(self._bad)
+
+    def frames(self) -> Iterator[Frame]:
+        """Yield every readable image in order.
+
+        Raises:
+            InputError: a file cannot be read and ``strict`` is set, or none of them can be read.
+        """
+        wanted = [index for index in range(len(self.paths)) if index not in self._bad]
+        count = 0
+        for index, frame in zip(wanted, self._decoded(wanted), strict=True):
+            if isinstance(frame, Frame):
+                count += 1
+                yield frame
+                continue
+            if self.strict:
+                raise frame
+            self._bad.add(index)
+            self.skipped.append((self.paths[index], _reason(frame, self.paths[index])))
+        if count == 0 and self.paths:
+            path, reason = self.skipped[0]
+            raise InputError(
+                f"none of {len(self.paths)} images could be read; the first, {show(path)}: {reason}"
+            )
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Yield float32 tensors [B, 3, H, W] in [0, 1] in file order; only the last may be smaller.
+
+        Raises:
+            InputError: as :meth:`frames`.
+        """
+        import torch
+
+        if batch_size < 1:
+            raise UsageError(f"batch size {batch_size}: expected at least 1")
+        batch: list[np.ndarray[Any, np.dtype[np.float32]]] = []
+        for frame in self.frames():
+            batch.append(frame.array)
+            if len(batch) == batch_size:
+                yield torch.from_numpy(np.stack(batch))  # [B, 3, H, W]
+                batch.clear()
+        if batch:
+            yield torch.from_numpy(np.stack(batch))
+
+    def _decoded(self, wanted: list[int]) -> Iterator[Frame | InputError]:
+        if self.workers < 1:
+            yield from map(self._decode, wanted)
+            return
+        source = iter(wanted)
+        with ThreadPoolExecutor(self.workers, "adflow-decode") as pool:
+            waiting: deque[Future[Frame | InputError]] = deque()
+            try:
+                for index in source:
+                    waiting.append(pool.submit(self._decode, index))
+                    if len(waiting) > 2 * self.workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _decode(self, index: int) -> Frame | InputError:
+        path = self.paths[index]
+        try:
+            picture = read_image(path)
+        except InputError as error:
+            return error
+        array, box = fit_to(picture, self.size, self.keep_aspect)
+        return Frame(index, path, array, box, (picture.shape[0], picture.shape[1]))
+
+
+def _reason(error: InputError, path: Path) -> str:
+    """Return the message without the file's name, which stands beside it."""
+    text = str(error)
+    for start in (f"cannot read {show(path)}: ", f"{show(path)}: ", f"{show(path)} "):
+        text = text.removeprefix(start)
+    return text
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _layout_names() -> list[str]:
+    """Return the layout modules of this package: sorted, ``folder`` last."""
+    names = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+    return [*sorted(set(names) - {"demo", "folder"}), "folder"]
+
+
+def _layout(name: str) -> Layout:
+    return cast(Layout, import_module(f"adflow.data.{name}"))
+
+
+def _read_all(folder: Path) -> list[Dataset]:
+    if not folder.is_dir():
+        raise InputError(f"{show(folder)} is a file, expected a folder of images or a data set")
+    layout = next(layout for layout in map(_layout, _layout_names()) if layout.matches(folder))
+    return [layout.read(folder, class_) for class_ in layout.classes(folder)]
+
+
+def _find(base: Path, family: str, class_: str) -> list[Dataset]:
+    """Return the classes asked for that lie below ``base``; empty where the data set is not there."""
+    layout = _layout(family.replace("-", "_"))
+    for folder in (*(base / name for name in (family, *_ALIASES.get(family, ()))), base):
+        if not folder.is_dir() or not layout.matches(folder):
+            continue
+        here = layout.classes(folder)
+        if not class_:
+            return [layout.read(folder, one) for one in here]
+        if class_ in here:
+            return [layout.read(folder, class_)]
+    return []
