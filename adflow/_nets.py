@@ -1,0 +1,208 @@
+"""Nets cut after their last tap: how a pretrained classifier becomes a list of feature maps; plumbing of backbones.
+
+Every builder works on a net that lies on torch's meta device: shapes are found without computing, and no time goes
+into random weights that the file replaces anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from adflow.errors import InputError, unknown
+
+
+class Stages(nn.Module):
+    """A convolutional net as a row of stages, of which some are tapped.
+
+    Args:
+        stem: everything before the first stage.
+        stages: in order; nothing after the last one is needed.
+        taps: per stage the position in the result, or None.
+    """
+
+    def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], tapped: Sequence[bool]) -> None:
+        super().__init__()
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
+        self.tapped = tuple(tapped)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.stem(x)
+        pyramid: list[Tensor] = []
+        for stage, tapped in zip(self.stages, self.tapped, strict=True):
+            x = stage(x)
+            if isinstance(x, tuple):
+                x, inner = x
+                pyramid.append(inner)
+            elif tapped:
+                pyramid.append(x)
+        return pyramid
+
+
+class OpenStage(nn.Module):
+    """A stage of inverted residual blocks that also shows its last projection before normalisation and skip.
+
+    CFLOW-AD taps its mobile nets there. Returns (output of the stage, output of the last projection).
+    """
+
+    def __init__(self, stage: nn.Sequential) -> None:
+        super().__init__()
+        self.first = nn.Sequential(*list(stage.children())[:-1])
+        self.last = stage[-1]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        block: Any = self.last
+        shortcut = x = self.first(x)
+        x = block.bn2(block.conv_dw(block.bn1(block.conv_pw(x))))
+        inner = block.conv_pwl(block.se(x))
+        x = block.bn3(inner)
+        return (x + shortcut if block.has_skip else x), inner
+
+
+def mobile_stages(net: Any, taps: Sequence[str]) -> tuple[Stages, list[str]]:
+    """Cut a timm EfficientNet or MobileNetV3; taps "b1" .. "b6" are stage outputs, "b2.conv" a last projection."""
+    known = [f"b{i}{inner}" for i in range(len(net.blocks)) for inner in ("", ".conv")]
+    order = _ordered(taps, known)
+    last = max(int(tap[1:].removesuffix(".conv")) for tap in order)
+    stages = []
+    for i in range(last + 1):
+        if f"b{i}" in order and f"b{i}.conv" in order:
+            raise InputError(f"taps b{i} and b{i}.conv exclude each other, expected one of them")
+        stages.append(OpenStage(net.blocks[i]) if f"b{i}.conv" in order else net.blocks[i])
+    stem = nn.Sequential(net.conv_stem, net.bn1)
+    return Stages(stem, stages, [f"b{i}" in order for i in range(last + 1)]), order
+
+
+def resnet_stages(net: Any, taps: Sequence[str]) -> tuple[Stages, list[str]]:
+    """Cut a timm ResNet; taps "layer1" .. "layer4" at strides 4, 8, 16, 32."""
+    known = [f"layer{i}" for i in range(1, 5)]
+    order = _ordered(taps, known)
+    names = known[: known.index(order[-1]) + 1]
+    stem = nn.Sequential(net.conv1, net.bn1, net.act1, net.maxpool)
+    return Stages(stem, [getattr(net, name) for name in names], [name in order for name in names]), order
+
+
+def alexnet_stages(net: Any, taps: Sequence[str]) -> tuple[Stages, list[str]]:
+    """Return torchvision's AlexNet up to its last pooling, 256 channels; the one tap is "features"."""
+    return Stages(nn.Identity(), [net.features], [True]), _ordered(taps, ["features"])
+
+
+class ReflectVGG(nn.Module):
+    """VGG19's ReLU maps as DFR uses them (Yang et al. 2020; specifications: the reference code).
+
+    Every convolution sees its input padded by reflection instead of zeros. DFR's code hands out 8 of its 12 maps
+    after that padding, so relu1_1, relu2_1, relu3_1-3 and relu4_1-3 are two cells larger each way.
+    """
+
+    def __init__(self, features: nn.Sequential, last: int, keep: Sequence[bool]) -> None:
+        super().__init__()
+        layers = list(features.children())
+        convs = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
+        self.convs = nn.ModuleList(layers[i] for i in convs[: last + 1])
+        for conv in self.convs:
+            conv.padding = (0, 0)
+        # Followed by another convolution of the same size, or by pooling (whose input is not padded).
+        self.pooled = tuple(isinstance(layers[i + 2], nn.MaxPool2d) for i in convs[: last + 1])
+        self.keep = tuple(keep)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        pyramid: list[Tensor] = []
+        x = _reflect(x)
+        for conv, pooled, keep in zip(self.convs, self.pooled, self.keep, strict=True):
+            x = F.relu(conv(x))
+            if not pooled:
+                x = _reflect(x)
+            if keep:
+                pyramid.append(x)
+            if pooled:
+                x = _reflect(F.max_pool2d(x, 2))
+        return pyramid
+
+
+def _reflect(x: Tensor) -> Tensor:
+    return F.pad(x, (1, 1, 1, 1), mode="reflect")
+
+
+def vgg_stages(net: Any, taps: Sequence[str]) -> tuple[ReflectVGG, list[str]]:
+    """Cut torchvision's VGG19 for DFR; taps "relu1_1" .. "relu4_4" (and on to "relu5_4")."""
+    known = [
+        f"relu{block}_{i}" for block, depth in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, depth + 1)
+    ]
+    order = _ordered(taps, known)
+    last = known.index(order[-1])
+    return ReflectVGG(net.features, last, [name in order for name in known[: last + 1]]), order
+
+
+class Tokens(nn.Module):
+    """A vision transformer's patch tokens after some blocks and the net's own final norm, as maps.
+
+    Without that norm CaiT features do not train a flow (FastFlow's issue tracker); special tokens are dropped.
+    """
+
+    def __init__(self, net: Any, blocks: Sequence[int]) -> None:
+        super().__init__()
+        net.prune_intermediate_layers(list(blocks), prune_norm=False, prune_head=True)
+        self.net = net
+        self.blocks = list(blocks)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = self.net.forward_intermediates(
+            x, indices=self.blocks, norm=True, stop_early=True, intermediates_only=True
+        )
+        return maps
+
+
+def token_stages(net: Any, taps: Sequence[str]) -> tuple[Tokens, list[str]]:
+    """Cut a timm transformer (CaiT, DeiT, ViT); taps "block0", "block1", ..."""
+    order = _ordered(taps, [f"block{i}" for i in range(len(net.blocks))])
+    return Tokens(net, [int(tap.removeprefix("block")) for tap in order]), order
+
+
+def _ordered(taps: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return ``taps`` in the order of the net, finest first.
+
+    Raises:
+        UsageError: a tap does not exist.
+        InputError: there is none, or one is given twice.
+    """
+    for tap in taps:
+        if tap not in known:
+            raise unknown("tap", tap, known)
+    if not taps or len(set(taps)) != len(taps):
+        raise InputError(f"taps are {list(taps)}, expected at least one and each once")
+    return sorted(taps, key=list(known).index)
+
+
+Cut = Callable[[Any, Sequence[str]], tuple[nn.Module, list[str]]]
+
+
+def measure(net: nn.Module, side: int) -> tuple[list[int], list[int]]:
+    """Return channels and strides of the maps of ``net`` for a square input of ``side``, on the net's device."""
+    tensor = next(net.parameters())
+    with torch.no_grad():
+        maps: list[Tensor] = net(torch.zeros(1, 3, side, side, device=tensor.device, dtype=tensor.dtype))
+    return [m.shape[1] for m in maps], [round(side / m.shape[2]) for m in maps]
+
+
+def fold_norms(net: nn.Module) -> nn.Module:
+    """Fold every batch norm into the convolution registered right before it, in place; return ``net``.
+
+    For the nets of this file registration order is execution order. Exact up to rounding: the scale is multiplied
+    into the kernel in float64. A projection that an OpenStage shows keeps its norm apart.
+    """
+    shown = {id(stage.last.conv_pwl) for stage in net.modules() if isinstance(stage, OpenStage)}
+    for module in list(net.modules()):
+        before: tuple[str, nn.Module] | None = None
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d) and before and isinstance(before[1], nn.Conv2d):
+                if id(before[1]) not in shown:
+                    setattr(module, before[0], fuse_conv_bn_eval(before[1].double(), child.double()).float())
+                    setattr(module, name, getattr(child, "act", nn.Identity()))
+            before = (name, child)
+    return net

@@ -1,0 +1,378 @@
+"""Backbones: images to a pyramid of feature maps, by a frozen pretrained net with the normalisation inside.
+
+    >>> from adflow.backbones import make_backbone
+    >>> backbone = make_backbone("lite0")  # its weights come with adflow
+    >>> list(zip(backbone.taps, backbone.channels, backbone.strides))
+    [('b2', 40, 8), ('b3', 80, 16), ('b4', 112, 16)]
+
+Names: ``lite0`` (default) ``lite1`` ``lite2``, ``resnet18`` ``resnet34`` ``resnet50`` ``wrn50``, ``mobilenetv3l``,
+``efficientnet_b4`` ``efficientnet_b5``, ``cait-pair`` (U-Flow), ``vgg19-dfr`` (DFR), ``alexnet`` (DifferNet), and every
+name of timm with its taps. ``NAME@1,0.5,0.25`` feeds the image at several scales; ``NAME+NAME`` joins two pyramids.
+A net without its weights is an error, never a random net.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adflow import _nets
+from adflow._weights import find_weights, load_strictly, read_weights, rename_lite
+from adflow.errors import InputError, UsageError, unknown
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of RGB in [0, 1]
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+class Backbone(nn.Module):
+    """A frozen net that turns images into a feature pyramid. Always in evaluation mode; holds no state.
+
+    Args:
+        name: what :func:`make_backbone` makes it from.
+        taps: which outputs, finest first.
+        channels: channels per map.
+        strides: input pixels per cell, per map.
+        weights: sha256 of the weight file's bytes.
+        net: normalised images [B, 3, H, W] to maps, finest first.
+        mean: per channel, of RGB in [0, 1].
+        std: per channel.
+        channels_last: lay images out with channels last, which is faster for convolutions (measured on CPU).
+
+    Attributes:
+        precision: "float32" or "bf16".
+        fixed_size: (height, width) of the only input the net takes, or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        taps: Sequence[str],
+        channels: Sequence[int],
+        strides: Sequence[int],
+        weights: str,
+        net: nn.Module,
+        *,
+        mean: Sequence[float] = IMAGENET[0],
+        std: Sequence[float] = IMAGENET[1],
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.taps = tuple(taps)
+        self.channels = list(channels)
+        self.strides = list(strides)
+        self.weights = weights
+        self.precision = "float32"
+        self.fixed_size: tuple[int, int] | None = None
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.net = net.to(memory_format=self.layout)
+        self.net_bf16: nn.Module | None = None
+        self.register_buffer("scale", 1 / torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer(
+            "shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1), persistent=False
+        )
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Do nothing: a frozen net has no training mode."""
+        return self
+
+    def to_precision(self, precision: str) -> Self:
+        """Compute in "float32" (exact, default) or "bf16" (bfloat16 weights and maps); features stay float32.
+
+        Raises:
+            UsageError: another precision.
+        """
+        if precision not in ("float32", "bf16"):
+            raise unknown("precision", precision, ["float32", "bf16"])
+        if precision == "bf16" and self.net_bf16 is None:
+            self.net_bf16 = copy.deepcopy(self.net).to(torch.bfloat16, memory_format=self.layout)
+        self.precision = precision
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the feature maps [B, C, h, w] float32, finest first, of RGB ``images`` [B, 3, H, W] in [0, 1].
+
+        Raises:
+            InputError: wrong shape.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise InputError(f"images have shape {list(images.shape)}, expected [B, 3, H, W]")
+        if self.fixed_size and tuple(images.shape[2:]) != self.fixed_size:
+            raise InputError(
+                f"{self.name} takes images of {self.fixed_size[0]}x{self.fixed_size[1]}, "
+                f"found {images.shape[2]}x{images.shape[3]}",
+                hint=f"Fit with --size {self.fixed_size[0]}x{self.fixed_size[1]}, or use --backbone lite0.",
+            )
+        return self.features(images * self.scale + self.shift)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the maps of normalised ``images``; nets that prepare their input otherwise override this."""
+        if self.precision == "bf16" and self.net_bf16 is not None:
+            pyramid = self.net_bf16(images.to(torch.bfloat16).contiguous(memory_format=self.layout))
+        else:
+            pyramid = self.net(images.contiguous(memory_format=self.layout))
+        return [level.float().contiguous() for level in pyramid]
+
+    def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return (height, width) of every map for images of ``size``."""
+        device = next(self.buffers()).device
+        return [(m.shape[2], m.shape[3]) for m in self(torch.zeros(1, 3, *size, device=device))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Net:
+    """How to build one net: its creator, the cut, default taps, normalisation, old key names if any."""
+
+    source: str
+    cut: _nets.Cut
+    taps: tuple[str, ...]
+    norm: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
+    size: int | None = None
+    depths: tuple[int, ...] | None = None
+
+
+_LAYERS = ("layer1", "layer2", "layer3")
+_NETS = {
+    # depths: blocks per stage, by which the old names of the weight files are translated.
+    "lite0": _Net("timm:tf_efficientnet_lite0", _nets.mobile_stages, ("b2", "b3", "b4"), HALF, None, (1, 2, 2, 3, 3, 4, 1)),
+    "lite1": _Net("timm:tf_efficientnet_lite1", _nets.mobile_stages, ("b2", "b3", "b4"), HALF, None, (1, 3, 3, 4, 4, 5, 1)),
+    "lite2": _Net("timm:tf_efficientnet_lite2", _nets.mobile_stages, ("b2", "b3", "b4"), HALF, None, (1, 3, 3, 4, 4, 5, 1)),
+    "resnet18": _Net("timm:resnet18.tv_in1k", _nets.resnet_stages, _LAYERS),
+    "resnet34": _Net("timm:resnet34.tv_in1k", _nets.resnet_stages, _LAYERS),
+    "resnet50": _Net("timm:resnet50.tv_in1k", _nets.resnet_stages, _LAYERS),
+    "wrn50": _Net("timm:wide_resnet50_2.tv_in1k", _nets.resnet_stages, _LAYERS),
+    "mobilenetv3l": _Net("timm:mobilenetv3_large_100.ra_in1k", _nets.mobile_stages, ("b2.conv", "b4.conv", "b5.conv")),
+    "efficientnet_b4": _Net("timm:efficientnet_b4.ra2_in1k", _nets.mobile_stages, ("b2", "b4", "b6")),
+    "efficientnet_b5": _Net("timm:tf_efficientnet_b5.ns_jft_in1k", _nets.mobile_stages, ("b2", "b4", "b5")),
+    "cait_m48_448": _Net("timm:cait_m48_448.fb_dist_in1k", _nets.token_stages, ("block40",), size=448),
+    "cait_s24_224": _Net("timm:cait_s24_224.fb_dist_in1k", _nets.token_stages, ("block20",), size=224),
+    "vgg19-dfr": _Net("torchvision:vgg19", _nets.vgg_stages, tuple(f"relu4_{i}" for i in range(1, 5))),
+    "alexnet": _Net("torchvision:alexnet", _nets.alexnet_stages, ("features",)),
+}  # fmt: skip
+
+
+def names() -> list[str]:
+    """Return the names of the backbones that adflow knows by itself."""
+    return [*_NETS, "cait-pair"]
+
+
+def make_backbone(
+    name: str = "lite0", taps: Sequence[str] | None = None, weights: Path | None = None
+) -> Backbone:
+    """Build the frozen backbone ``name``.
+
+    Args:
+        name: see the head of this module. ``a+b`` joins two nets, ``a@1,0.5`` feeds several scales of the image.
+        taps: which maps, None = the default of the net. Joined nets take "name.tap".
+        weights: a local weight file (.safetensors, or a torch file of tensors only); for joined nets and
+            ``cait-pair`` a folder with one such file per net, named after it. None = where ``zoo.yaml`` says.
+
+    Raises:
+        UsageError: unknown name or tap; names the nearest.
+        UnavailableError: the weights are not on this machine and cannot be fetched.
+        InputError: the weight file is damaged or belongs to another net.
+    """
+    base, at, scales = name.partition("@")
+    if at:
+        return PyramidBackbone(make_backbone(base, taps, weights), _parse_scales(name, scales))
+    if name == "cait-pair":
+        return CaitPair(taps, weights)
+    if "+" in name:
+        return JoinedBackbone(name.split("+"), taps, weights)
+    if name in _NETS:
+        return _single(name, taps, weights)
+    raise unknown("backbone", name, names())
+
+
+def _single(name: str, taps: Sequence[str] | None, weights: Path | None) -> Backbone:
+    recipe = _NETS[name]
+    file = find_weights(name, weights)
+    full = _skeleton(recipe.source)
+    wanted = recipe.taps if taps is None else taps
+    # On the meta device shapes cost nothing; the cut is made on a copy, as it removes what the file still holds.
+    channels, strides = _nets.measure(recipe.cut(copy.deepcopy(full), wanted)[0], recipe.size or 128)
+    state = read_weights(file.path)
+    if recipe.depths and "_conv_stem.weight" in state:
+        state = rename_lite(state, recipe.depths)
+    load_strictly(full, state, file.path, name)
+    full.eval()
+    net, order = recipe.cut(full, wanted)
+    convolutional = recipe.size is None
+    if convolutional:
+        net = _nets.fold_norms(net)
+    backbone = Backbone(
+        name, order, channels, strides, file.sha256, net,
+        mean=recipe.norm[0], std=recipe.norm[1], channels_last=convolutional,
+    )  # fmt: skip
+    if recipe.size:
+        backbone.fixed_size = (recipe.size, recipe.size)
+    return backbone
+
+
+def _skeleton(source: str) -> nn.Module:
+    """Return the whole classifier on the meta device: its tensors come from the weight file."""
+    library, _, name = source.partition(":")
+    with torch.device("meta"):
+        if library == "timm":
+            import timm
+
+            net: nn.Module = timm.create_model(name, pretrained=False)
+            return net
+        import torchvision
+
+        return getattr(torchvision.models, name)(weights=None)  # type: ignore[no-any-return]
+
+
+def _parse_scales(name: str, text: str) -> list[float]:
+    try:
+        scales = [float(part) for part in text.split(",")]
+    except ValueError:
+        scales = []
+    if not scales or any(not 0 < scale <= 1 for scale in scales) or sorted(scales, reverse=True) != scales:
+        raise UsageError(f"'{name}' names no image scales, expected falling shares like NAME@1,0.5,0.25")
+    return scales
+
+
+class PyramidBackbone(Backbone):
+    """One net over several scales of the image, made by nearest-neighbour sampling (CS-Flow, DifferNet).
+
+    CS-Flow (Rudolph et al. 2022, https://arxiv.org/abs/2110.02855) takes EfficientNet-B5 at 768, 384 and 192 px,
+    DifferNet (Rudolph et al. 2021, https://arxiv.org/abs/2008.12577) AlexNet at 448, 224 and 112 px: both are
+    scales 1, 0.5, 0.25.
+
+    Args:
+        base: the net.
+        scales: shares of the input size, falling; all taps of the first scale come first.
+    """
+
+    def __init__(self, base: Backbone, scales: Sequence[float]) -> None:
+        name = f"{base.name}@{','.join(f'{scale:g}' for scale in scales)}"
+        channels = [c for _ in scales for c in base.channels]
+        strides = [round(s / scale) for scale in scales for s in base.strides]
+        super().__init__(name, base.taps, channels, strides, base.weights, base)
+        self.scales = tuple(scales)
+
+    def to_precision(self, precision: str) -> Self:
+        """Pass the choice on to the net."""
+        _set_precision([self.net], precision)
+        self.precision = precision
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the maps of the first scale, then of the second, and so on."""
+        height, width = images.shape[2:]
+        pyramid: list[Tensor] = []
+        for scale in self.scales:
+            size = (max(1, round(height * scale)), max(1, round(width * scale)))
+            seen = images if size == (height, width) else F.interpolate(images, size=size, mode="nearest")
+            pyramid.extend(self.net(seen))
+        return pyramid
+
+
+class JoinedBackbone(Backbone):
+    """Several nets on one image (PEFM): the maps of the first, then of the second. Taps are "net.tap".
+
+    Args:
+        nets: names of the nets.
+        taps: None = the defaults of each.
+        weights: folder with one weight file per net, or None.
+    """
+
+    def __init__(self, nets: Sequence[str], taps: Sequence[str] | None, weights: Path | None) -> None:
+        parts = []
+        for net in nets:
+            mine = (
+                None
+                if taps is None
+                else [tap.removeprefix(f"{net}.") for tap in taps if tap.startswith(f"{net}.")]
+            )
+            parts.append(make_backbone(net, mine, _part(weights, net)))
+        super().__init__(
+            "+".join(nets),
+            [f"{part.name}.{tap}" for part in parts for tap in part.taps],
+            [c for part in parts for c in part.channels],
+            [s for part in parts for s in part.strides],
+            _joined_hash(parts),
+            nn.ModuleList(parts),
+        )
+
+    def to_precision(self, precision: str) -> Self:
+        """Pass the choice on to every net."""
+        _set_precision(list(self.net.children()), precision)
+        self.precision = precision
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the maps of every net in turn."""
+        return [level for part in self.net.children() for level in part(images)]
+
+
+class CaitPair(Backbone):
+    """U-Flow's MS-CaiT: CaiT-M48 at 448 px (768 x 28 x 28) and CaiT-S24 at 224 px (384 x 14 x 14).
+
+    U-Flow: a U-shaped normalizing flow (Tailanian et al. 2024, https://doi.org/10.1007/s10851-024-01193-y). Tokens
+    after blocks 40 and 20 and the nets' own final norms; the small net sees the normalised image resized bicubically
+    with aligned corners.
+    """
+
+    def __init__(self, taps: Sequence[str] | None, weights: Path | None) -> None:
+        wanted = ("block40", "block20") if taps is None else tuple(taps)
+        if len(wanted) != 2:
+            raise InputError(
+                f"taps are {list(wanted)}, expected two: a block of cait_m48_448 and one of cait_s24_224"
+            )
+        parts = [
+            make_backbone(net, [tap], _part(weights, net))
+            for net, tap in zip(("cait_m48_448", "cait_s24_224"), wanted, strict=True)
+        ]
+        channels = [part.channels[0] for part in parts]
+        super().__init__("cait-pair", wanted, channels, [16, 32], _joined_hash(parts), nn.ModuleList(parts))
+        self.fixed_size = (448, 448)
+
+    def to_precision(self, precision: str) -> Self:
+        """Pass the choice on to both nets."""
+        _set_precision(list(self.net.children()), precision)
+        self.precision = precision
+        return self
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the two maps of normalised ``images`` [B, 3, 448, 448]."""
+        large, small = (part for part in self.net.children() if isinstance(part, Backbone))
+        half = F.interpolate(images, size=(224, 224), mode="bicubic", align_corners=True)
+        return [*large.features(images), *small.features(half)]
+
+
+def _set_precision(parts: Sequence[nn.Module], precision: str) -> None:
+    for part in parts:
+        if isinstance(part, Backbone):
+            part.to_precision(precision)
+
+
+def _joined_hash(parts: Sequence[Backbone]) -> str:
+    """Return one sha256 for several weight files: that of their hashes in a row."""
+    return hashlib.sha256(" ".join(part.weights for part in parts).encode()).hexdigest()
+
+
+def _part(folder: Path | None, net: str) -> Path | None:
+    if folder is None:
+        return None
+    found = [
+        path
+        for path in sorted(Path(folder).glob(f"{net}*"))
+        if path.suffix in (".safetensors", ".pth", ".pt", ".bin")
+    ]
+    if not found:
+        raise InputError(
+            f"{folder} holds no file {net}.safetensors", hint="Give a folder with one weight file per net."
+        )
+    return found[0]
