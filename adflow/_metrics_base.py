@@ -273,7 +273,7 @@ def ramp_area(before: Array, after: Array, limit: float) -> Floats:
 
 
 def why_undefined(positive: int, negative: int, n_regions: int, what: str) -> dict[str, str]:
-    """Return why a metric has no value, by metric, from the counts of positive and negative pixels or images."""
+    """Return for each metric without a value why, given the counts of positives and negatives."""
     reasons = {}
     if not positive:
         name = "anomalous image" if what == "image" else "pixel on a mask"

@@ -1,5 +1,4 @@
-"""Metrics of an operating point: overlap of predicted and true defects, false alarms, where the threshold
-lies.
+"""Metrics of an operating point: overlap of predicted and true defects, false alarms, thresholds.
 
 Every function that takes ``predictions`` accepts boolean masks (what ``segment`` writes), or score maps with
 a ``threshold``: then a pixel is called anomalous where score > threshold.
@@ -200,7 +199,7 @@ def fair_threshold(
         raise unknown("method", method, ("quantile", "interpolated", "original"))
     if len(normal_maps) == 0 or not pixels >= 0:
         raise InputError(
-            f"got {len(normal_maps)} normal maps and pixels = {pixels}, expected at least one map and pixels >= 0"
+            f"got {len(normal_maps)} normal maps and pixels = {pixels}, expected a map or more and pixels >= 0"
         )
     flats = [as_map(one).reshape(-1) for one in normal_maps]
     scores = np.sort(np.concatenate(flats))
@@ -294,7 +293,7 @@ def hit_rate(maps: Maps, masks: Masks, tolerance: float = 0.0, margin: float = 0
 
 
 def region_overlap(predictions: Maps, masks: Masks, threshold: float | None = None) -> Overlaps:
-    """Return for each true region the share of its pixels that is predicted; empty arrays without a region."""
+    """Return for each true region the share of its pixels that is predicted; empty without a region."""
     image, area, overlap = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)]
     for i, (predicted, mask) in enumerate(_predicted(predictions, masks, threshold)):
         box, labels, count = regions(mask)

@@ -199,7 +199,7 @@ class Sums:
 
 
 def accumulate(ranked: Ranked, limit: float) -> Sums:
-    """Sum over the positives all that the metrics need; entries that are not defined are meaningless numbers."""
+    """Sum over the positives all that the metrics need; undefined entries are meaningless numbers."""
     positive, negative = ranked.n_positive, max(ranked.n_negative, 1)
     wins2 = 0  # twice the number of pairs that are ranked right, a tie counting half: exact in integers
     precision_sum, best, best_at = 0.0, -1.0, np.nan
@@ -254,7 +254,7 @@ def curves(ranked: Ranked, points: int, limit: float) -> tuple[Curve, Curve]:
 
 
 def _overlap(ranked: Ranked, positive_below: npt.NDArray[np.int64]) -> Floats:
-    """Return the mean overlap of the regions [T] at thresholds that leave ``positive_below`` [T] positives out."""
+    """Return the mean overlap of the regions [T] when the lowest ``positive_below`` [T] positives are left out."""
     weight = 1 / (ranked.area * len(ranked.area))
     sums = np.zeros(
         len(positive_below) + 1
@@ -290,7 +290,7 @@ def _cut(curve: Curve, ranked: Ranked, limit: float) -> Curve:
 
 
 def _neighbours(ranked: Ranked, limit: float) -> Array:
-    """Return the highest score whose false-positive rate exceeds ``limit``, and the next higher score if any."""
+    """Return the highest score whose false-positive rate exceeds ``limit``, and the next higher one if any."""
     n = ranked.everything.size
     low, high = 0, n  # the rate falls as the rank grows; bisect on ranks moved to the start of their tie
     while high - low > 1:

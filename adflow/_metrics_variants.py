@@ -1,5 +1,4 @@
-"""AUPRO as two published codes compute it, to compare with their tables; the official definition is the
-default.
+"""AUPRO as two published codes compute it, to compare with their tables only.
 
 Both differ from the official definition (see ``adflow.metrics``) and are not defined on some maps, where they
 are NaN as in the originals. Written from the formulas that the codes implement.
@@ -13,8 +12,7 @@ from adflow._metrics_base import Array, Curve, Floats, Maps, Masks, not_finite, 
 
 
 def cflow_curve(maps: Maps, masks: Masks, steps: int = 1000) -> Curve:
-    """Return the curve of CFLOW-AD and DFR at ``steps`` thresholds spaced linearly from the highest score
-    down.
+    """Return the curve of CFLOW-AD and DFR at ``steps`` thresholds, linear from the highest score down.
 
     Calls score > threshold anomalous. The overlap of a region counts hits inside of its holes too but divides
     by its area without them, so a ring can exceed 1. (CFLOW-AD, 2021, https://arxiv.org/abs/2107.12571; DFR,
@@ -125,10 +123,9 @@ def _resampled(x: Floats, y: Floats, n_points: int, limit: float) -> tuple[Float
     if x[kept - 1] == 0:  # no rate between 0 and the limit: go on to the next higher one
         kept = int(np.count_nonzero(x <= x[kept]))
     last = float(n_points - 1)
-    position: Floats = np.arange(kept, dtype=np.float64)
     target = np.arange(n_points, dtype=np.float64)
     if np.isclose(x[kept - 1], limit) or kept == x.size:
-        position = position * (last / max(kept - 1, 1))
+        position = np.arange(kept) * (last / max(kept - 1, 1))
     else:  # one more point, and the last target lies between it and the one before, at the limit
         position = np.arange(kept + 1) * (last / kept)
         fraction = (limit - x[kept - 1]) / (x[kept] - x[kept - 1])

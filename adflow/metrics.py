@@ -10,8 +10,8 @@ AP (average precision, the step-wise sum that scikit-learn uses) and F1-max are 
 https://doi.org/10.1007/s11263-020-01400-4, section 5.3) is the area under the mean overlap of the regions,
 PRO(t) = mean_k |C_k and {S >= t}| / |C_k|, against the false-positive rate, from 0 to ``limit``, divided by
 ``limit``; equal scores make one point of the curve and the end at ``limit`` is interpolated. Regions are
-8-connected, labelled at the size of the maps, so tiny defects that vanish
-when masks are made smaller are not counted: ``n_regions`` is reported for that reason.
+8-connected, labelled at the size of the maps, so tiny defects that vanish when masks are made smaller are not
+counted: ``n_regions`` is reported for that reason.
 
 Why one sort is enough: each of these numbers is a mean over *positive* pixels of a function of two ranks, the
 pixel's rank among all pixels and among the positive ones. So all pixels are sorted once, in place in one
@@ -53,18 +53,39 @@ from adflow._metrics_iou import (
     region_overlap,
 )
 from adflow._metrics_rank import Ranked, accumulate, curves
+from adflow._metrics_resampling import (
+    DeLong,
+    Difference,
+    Interval,
+    Statistic,
+    auroc_statistic,
+    bootstrap_ci,
+    delong,
+    mean_statistic,
+    paired_bootstrap,
+    pixel_statistics,
+)
+from adflow._metrics_streaming import StreamingPixelMetrics
 from adflow._metrics_variants import aupro_cflow, aupro_uflow, cflow_curve
 from adflow.errors import unknown
 
 __all__ = [
     "Curve",
+    "DeLong",
+    "Difference",
     "ImageMetrics",
+    "Interval",
     "Operating",
     "Overlaps",
     "PixelMetrics",
     "Regions",
+    "Statistic",
+    "StreamingPixelMetrics",
     "aupro",
+    "auroc_statistic",
+    "bootstrap_ci",
     "cflow_curve",
+    "delong",
     "fair_threshold",
     "false_regions",
     "fp_images",
@@ -75,8 +96,11 @@ __all__ = [
     "iou_micro",
     "iou_per_image",
     "mean_iou",
+    "mean_statistic",
     "oracle_threshold",
+    "paired_bootstrap",
     "pixel_metrics",
+    "pixel_statistics",
     "pro_curve",
     "region_overlap",
     "roc_curve",
