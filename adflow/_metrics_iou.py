@@ -199,7 +199,7 @@ def fair_threshold(
         raise unknown("method", method, ("quantile", "interpolated", "original"))
     if len(normal_maps) == 0 or not pixels >= 0:
         raise InputError(
-            f"got {len(normal_maps)} normal maps and pixels = {pixels}, expected a map or more and pixels >= 0"
+            f"got {len(normal_maps)} normal maps and pixels = {pixels}, expected a map and pixels >= 0"
         )
     flats = [as_map(one).reshape(-1) for one in normal_maps]
     scores = np.sort(np.concatenate(flats))

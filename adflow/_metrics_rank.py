@@ -150,13 +150,17 @@ class Ranked:
         distinct = values[first]
         low = int(np.searchsorted(self.everything, distinct[0], side="left"))
         high = int(np.searchsorted(self.everything, distinct[-1], side="right"))
-        near = self.everything[low:high]
-        below = low + np.searchsorted(near, distinct, side="left")
-        upto = low + np.searchsorted(near, distinct, side="right")
         # Only the first and the last group can go on outside of this block.
         positive_below = start + first
         positive_below[0] = self.positives.rank(distinct[:1], "left")[0]
         positive_upto = np.append(start + first[1:], self.positives.rank(distinct[-1:], "right")[0])
+        near = self.everything[low:high]
+        below = low + np.searchsorted(near, distinct, side="left")
+        # The positives that share a score are known; a second search is needed only where a negative has it too.
+        upto = below + (positive_upto - positive_below)
+        more = upto < self.everything.size
+        more[more] = self.everything[upto[more]] == distinct[more]
+        upto[more] = low + np.searchsorted(near, distinct[more], side="right")
         return Groups(
             score=distinct,
             n=np.diff(np.append(first, stop - start)),
@@ -254,7 +258,7 @@ def curves(ranked: Ranked, points: int, limit: float) -> tuple[Curve, Curve]:
 
 
 def _overlap(ranked: Ranked, positive_below: npt.NDArray[np.int64]) -> Floats:
-    """Return the mean overlap of the regions [T] when the lowest ``positive_below`` [T] positives are left out."""
+    """Return the mean overlap of the regions [T], the lowest ``positive_below`` [T] positives left out."""
     weight = 1 / (ranked.area * len(ranked.area))
     sums = np.zeros(
         len(positive_below) + 1
@@ -290,7 +294,7 @@ def _cut(curve: Curve, ranked: Ranked, limit: float) -> Curve:
 
 
 def _neighbours(ranked: Ranked, limit: float) -> Array:
-    """Return the highest score whose false-positive rate exceeds ``limit``, and the next higher one if any."""
+    """Return the highest score whose false-positive rate is above ``limit``, and the next one if any."""
     n = ranked.everything.size
     low, high = 0, n  # the rate falls as the rank grows; bisect on ranks moved to the start of their tie
     while high - low > 1:
