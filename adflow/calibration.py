@@ -1,0 +1,427 @@
+"""What held-out good images teach about scores: thresholds that keep a promise, NFA, p-values, drift.
+
+No model of the scores is assumed, only that the next good image is exchangeable with the held-out ones. The
+unit is the number of false regions of a good image: C_i(t) = the most 4-connected regions that {map_i > t'}
+has at any t' >= t (:func:`adflow.nfa.count_curve`). From n held-out images
+
+    NFA(t) = [sum_i C_i(t) + max(1, max_i C_i(t))] / (n + 1)
+
+bounds the expected number of regions above t on the next good image, up to the cap: the last term stands for
+the next image, which is taken to be no worse than the worst of the others. With counts capped at 1 the cap is
+exact, and :meth:`Calibration.flag_threshold` is a theorem: conformal risk control (Angelopoulos, Bates,
+Fisch, Lei, Schuster, "Conformal Risk Control", 2022, https://arxiv.org/abs/2208.02814, Theorem 1).
+
+Domain of validity: exchangeable images. A shift of camera, light or product breaks the promise; :meth:`drift`
+looks. Averages are over calibration sets: one set of 50 can realise 0.18 for 0.1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adflow._regions import Curves, Region, add_curves, count_curve, lowest_level, plain_regions
+from adflow.errors import InputError
+
+__all__ = ["Calibration", "plain_regions"]
+
+Array = npt.NDArray[Any]
+Map = npt.NDArray[np.floating[Any]]
+Mask = npt.NDArray[np.bool_]
+
+# Share of pixels of good images above the level to which detected regions are grown. At 1 % masks bleed.
+_GROWTH_RATE = 1e-3
+# Pixels kept while calibrations are merged, as a multiple of those above the growth level.
+_SPARE = 10
+# The promises whose realised values `health` reports.
+_WISHES = (0.1, 0.3, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Scores of held-out good images, reduced to what promises need.
+
+    Attributes:
+        scores: [n] float64, image scores in the order given (file order).
+        levels: [K] float32, count curves one image after the other, levels descending.
+        counts: [K] int64, the region count reached just below each level.
+        offsets: [n + 1] int64, where the curve of each image starts and ends.
+        pixel_level: 0.1 % of the pixels of good images lie above it.
+        pixel_median: median over the images of the median of their map.
+        max_count: curves end after the first count above this.
+    """
+
+    scores: npt.NDArray[np.float64]
+    levels: npt.NDArray[np.float32]
+    counts: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    pixel_level: float
+    pixel_median: float
+    max_count: int = 256
+    _tail: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32), repr=False)
+    _above: int = 0
+
+    @classmethod
+    def from_maps(cls, maps: Iterable[Map], image_scores: Array, *, max_count: int = 256) -> Calibration:
+        """Calibrate on held-out good images, one map in memory at a time.
+
+        Args:
+            maps: [H, W] score maps at network input resolution, in file order; higher = more anomalous.
+            image_scores: [n], one per map.
+            max_count: counts above this are not told apart.
+
+        Raises:
+            InputError: no image, numbers that do not match, maps of different shapes, NaN or infinite scores.
+        """
+        scores = np.asarray(image_scores, dtype=np.float64)
+        if scores.ndim != 1 or len(scores) == 0:
+            raise InputError(f"image scores have shape {list(scores.shape)}, expected [n] with n >= 1")
+        if not np.isfinite(scores).all():
+            raise InputError("image scores hold NaN or infinite values, expected finite ones")
+        levels, counts, medians = [], [], []
+        tail = np.zeros(0, dtype=np.float32)
+        shape: tuple[int, ...] | None = None
+        above = 0
+        for score in maps:
+            score = np.asarray(score, dtype=np.float32)
+            shape = shape or score.shape
+            if score.shape != shape:
+                raise InputError(
+                    f"a score map has shape {list(score.shape)}, expected {list(shape)} as before"
+                )
+            level, count = count_curve(score, max_count)
+            levels.append(level)
+            counts.append(count)
+            medians.append(float(np.median(score)))
+            above = int(_GROWTH_RATE * len(scores) * score.size)
+            tail = _highest(np.concatenate([tail, score.ravel()]), _SPARE * above + 1)
+        if len(levels) != len(scores):
+            raise InputError(f"there are {len(levels)} maps and {len(scores)} image scores, expected as many")
+        return cls._build(scores, levels, counts, tail, above, float(np.median(medians)), max_count)
+
+    @classmethod
+    def _build(
+        cls,
+        scores: Array,
+        levels: Sequence[Array],
+        counts: Sequence[Array],
+        tail: Array,
+        above: int,
+        median: float,
+        max_count: int,
+    ) -> Calibration:
+        offsets = np.concatenate([[0], np.cumsum([len(level) for level in levels])]).astype(np.int64)
+        pixel_level = float(_highest(tail, above + 1).min())
+        return cls(
+            scores,
+            np.concatenate(levels),
+            np.concatenate(counts),
+            offsets,
+            pixel_level,
+            median,
+            max_count,
+            tail,
+            above,
+        )
+
+    @classmethod
+    def merge(cls, parts: Sequence[Calibration]) -> Calibration:
+        """Return the calibration on the images of all parts, e.g. each scored by a model fitted without it.
+
+        Raises:
+            InputError: no part, or parts that were loaded from a file (their pixels are gone).
+        """
+        if not parts:
+            raise InputError("there is no calibration to merge, expected at least one")
+        if any(len(part._tail) == 0 for part in parts):
+            raise InputError(
+                "a calibration loaded from a file cannot be merged: it does not hold its pixels",
+                hint="Merge calibrations made by Calibration.from_maps in the same process.",
+            )
+        return cls._build(
+            np.concatenate([part.scores for part in parts]),
+            [part.curve(i)[0] for part in parts for i in range(part.n)],
+            [part.curve(i)[1] for part in parts for i in range(part.n)],
+            np.concatenate([part._tail for part in parts]),
+            sum(part._above for part in parts),
+            float(np.median([part.pixel_median for part in parts])),
+            min(part.max_count for part in parts),
+        )
+
+    @property
+    def n(self) -> int:
+        """Return the number of held-out images."""
+        return len(self.scores)
+
+    def curve(self, image: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Return the count curve of one image: levels descending, counts increasing."""
+        part = slice(self.offsets[image], self.offsets[image + 1])
+        return self.levels[part], self.counts[part]
+
+    @functools.cached_property
+    def _owner(self) -> Array:
+        return np.repeat(np.arange(self.n), np.diff(self.offsets))
+
+    @functools.cached_property
+    def _curves(self) -> Curves:
+        return add_curves(self.levels, self.counts, self._owner)
+
+    def threshold(self, eps: float) -> float:
+        """Return the level above which a good image shows at most ``eps`` regions on average.
+
+        The smallest t such that NFA(t') <= eps for all t' >= t. Detect {map > t}. Measured on two data sets,
+        the promise holds on average from n = 3 / eps to 5 / eps images; the cap is a heuristic, not a
+        theorem.
+
+        Raises:
+            InputError: eps not above 0, not reachable with so few images, or so large that no level breaks
+                it.
+        """
+        if not (math.isfinite(eps) and eps > 0):
+            raise InputError(f"--nfa is {eps}, expected a number of false regions per image above 0")
+        self._enough(f"--nfa {eps:g}", eps)
+        curves = self._curves
+        level = lowest_level(curves, (curves.total + np.maximum(1, curves.largest)) / (self.n + 1), eps)
+        if level is None:
+            most = (curves.total[-1] + curves.largest[-1]) / (self.n + 1)
+            raise InputError(
+                f"--nfa {eps:g} is more than maps of good images ever show ({most:.3g} regions per image)",
+                hint=f"Ask for less than {most:.3g}.",
+            )
+        # Where a curve was cut, the count of that image is not known any more.
+        cut = self.levels[self.counts > self.max_count]
+        return max(level, float(cut.max())) if len(cut) else level
+
+    def flag_threshold(self, rate: float) -> float:
+        """Return the level above which at most a share ``rate`` of good images shows any region.
+
+        Holds on average over calibration sets for any exchangeable images (conformal risk control, counts
+        capped at 1); n >= 1 / rate - 1 images are needed.
+
+        Raises:
+            InputError: rate not in (0, 1), or not reachable with so few images.
+        """
+        if not 0 < rate < 1:
+            raise InputError(f"--flag-rate is {rate}, expected a share of good images in (0, 1)")
+        self._enough(f"--flag-rate {rate:g}", rate)
+        curves = self._curves
+        level = lowest_level(curves, (curves.flagged + 1) / (self.n + 1), rate)
+        # Never None: just below the last level every image shows a region, and (n + 1) / (n + 1) > rate.
+        assert level is not None
+        return level
+
+    def _enough(self, wish: str, rate: float) -> None:
+        needed = math.ceil(1 / rate - 1 - 1e-9)
+        if self.n < needed:
+            raise InputError(
+                f"{wish} needs at least {needed} held-out good images, this calibration has {self.n}",
+                hint=f"Hold out more, use --folds K, or ask for {_ceil(1 / (self.n + 1))} or more.",
+            )
+
+    def log10_nfa(self, peaks: Array) -> npt.NDArray[np.float64]:
+        """Return log10 NFA of regions with these peak scores: regions as high expected on a good image.
+
+        Never below log10(1 / (n + 1)). Detecting where NFA <= eps is detecting above ``threshold(eps)``.
+        """
+        total, largest = self._curves.at(peaks)
+        nfa: npt.NDArray[np.float64] = np.log10((total + np.maximum(1, largest)) / (self.n + 1))
+        return nfa
+
+    def p_value(self, image_scores: Array) -> npt.NDArray[np.float64]:
+        """Return conformal p-values of image scores: (1 + number of held-out scores as high) / (n + 1)."""
+        ranked = np.sort(self.scores)
+        as_high = self.n - np.searchsorted(ranked, np.asarray(image_scores, dtype=np.float64), side="left")
+        return np.asarray((1 + as_high) / (self.n + 1), dtype=np.float64)
+
+    def segment(self, score: Map, threshold: float) -> tuple[Mask, list[Region]]:
+        """Return the mask and regions of a map: seeds above ``threshold``, grown to the 0.1 % pixel level.
+
+        A part of {map > growth level} is kept when it holds a seed, so growing cannot add a region.
+
+        Args:
+            score: [H, W], higher = more anomalous.
+            threshold: from :meth:`threshold`, :meth:`flag_threshold`, or any level.
+
+        Returns:
+            mask [H, W] bool, and its regions, highest peak first.
+        """
+        return plain_regions(score, threshold, grow_to=self.pixel_level, log10_nfa=self.log10_nfa)
+
+    def observed(self, threshold: float) -> dict[str, float]:
+        """Return what the held-out images show at a level: images, regions_per_image, flagged_share."""
+        k = int(np.searchsorted(-self._curves.level, -threshold, side="left"))
+        total = 0 if k == 0 else int(self._curves.total[k - 1])
+        flagged = 0 if k == 0 else int(self._curves.flagged[k - 1])
+        return {"images": self.n, "regions_per_image": total / self.n, "flagged_share": flagged / self.n}
+
+    def _leave_one_out(self, eps: float) -> Array | None:
+        """Return, per image, its regions above the threshold of the others; None when n is too small."""
+        if self.n < 2 or self.n < math.ceil(1 / eps - 1e-9):
+            return None
+        curves = self._curves
+        # Without any one image the sum is still above eps * n here: no threshold of the others lies lower.
+        bound = np.flatnonzero(curves.total - curves.largest > eps * self.n)
+        floor = curves.level[bound[0]] if len(bound) else -np.inf
+        keep = self.levels >= floor
+        levels, counts, owner = self.levels[keep], self.counts[keep], self._owner[keep]
+        realised = np.zeros(self.n)
+        for i in range(self.n):
+            others = owner != i
+            rest = add_curves(levels[others], counts[others], owner[others])
+            level = lowest_level(rest, (rest.total + np.maximum(1, rest.largest)) / self.n, eps)
+            own_levels, own_counts = self.curve(i)
+            k = int(np.sum(own_levels > (floor if level is None else level)))
+            realised[i] = own_counts[k - 1] if k else 0
+        return realised
+
+    def health(self) -> dict[str, Any]:
+        """Return what can be said about the promises from the held-out images themselves.
+
+        Keys: "images"; "leave_one_out": {eps: false regions per image at the threshold of the other images};
+        "flagged": {eps: share of images flagged there}; "variance_over_mean" of those counts (1 = Poisson,
+            more =
+        false regions come in clumps) and "max_count" at the largest eps; "blocks_p": see
+        :meth:`exchangeability`.
+        """
+        realised = {eps: self._leave_one_out(eps) for eps in _WISHES}
+        known = {eps: counts for eps, counts in realised.items() if counts is not None}
+        last = known[max(known)] if known else None
+        clumped = last is not None and last.mean() > 0
+        return {
+            "images": self.n,
+            "leave_one_out": {f"{eps:g}": round(float(c.mean()), 4) for eps, c in known.items()},
+            "flagged": {f"{eps:g}": round(float((c > 0).mean()), 4) for eps, c in known.items()},
+            "variance_over_mean": round(float(last.var() / last.mean()), 3)
+            if clumped and last is not None
+            else None,
+            "max_count": None if last is None else int(last.max()),
+            "blocks_p": self.exchangeability()["blocks_p"],
+        }
+
+    def drift(self, image_scores: Array) -> dict[str, Any]:
+        """Compare incoming image scores with those of the held-out good images.
+
+        Returns:
+            "images"; "auc": P(incoming score > held-out score), 0.5 = alike; "p_value" of the two-sided rank
+            test (Mann-Whitney); "below_median": share of incoming scores below the held-out median, 0.5 =
+            alike;
+            "warning": a sentence when p < 0.01 and the AUC is off by more than 0.15 over at least 8 images,
+                else
+            None. Many defective images look like a shift: judge the warning on images that should be good.
+        """
+        incoming = np.asarray(image_scores, dtype=np.float64)
+        auc, p_value = _rank_test(incoming, self.scores)
+        warning = None
+        if len(incoming) >= 8 and p_value < 0.01 and abs(auc - 0.5) > 0.15:
+            side = "higher" if auc > 0.5 else "lower"
+            consequence = "more false alarms than promised" if auc > 0.5 else "fewer detections than possible"
+            warning = (
+                f"these images score {side} than the held-out good ones (AUC {auc:.2f}, p = {p_value:.1g}); "
+                f"if most of them are good, expect {consequence}: run `adflow calibrate RUN FOLDER_OF_GOOD`"
+            )
+        return {
+            "images": len(incoming),
+            "auc": auc,
+            "p_value": p_value,
+            "below_median": float((incoming < np.median(self.scores)).mean()) if len(incoming) else 0.5,
+            "warning": warning,
+        }
+
+    def exchangeability(self, fit_scores: Array | None = None, blocks: int = 5) -> dict[str, Any]:
+        """Check that held-out images are alike in file order, and like the fit images.
+
+        Args:
+            fit_scores: image scores of the images the detector was fitted on, or None.
+            blocks: contiguous blocks of held-out images in file order that are compared.
+
+        Returns:
+            "blocks_p" of the rank test between blocks (Kruskal-Wallis; None below 4 images a block); with
+            ``fit_scores`` "fit_auc": P(held-out score > fit score), above 0.5 = fit images are scored too
+            low, and "fit_p"; "warning" when blocks differ with p < 0.01, else None. Capture sessions that
+            differ mean that the next session may differ too.
+        """
+        from scipy.stats import kruskal
+
+        report: dict[str, Any] = {"blocks_p": None, "warning": None}
+        parts = np.array_split(self.scores, min(blocks, self.n // 4)) if self.n >= 8 else []
+        if len(parts) >= 2 and np.ptp(self.scores) > 0:
+            report["blocks_p"] = float(kruskal(*parts).pvalue)
+            if report["blocks_p"] < 0.01:
+                report["warning"] = (
+                    f"held-out good images differ from one part of the folder to the next (p = "
+                    f"{report['blocks_p']:.1g}): a promise made on them may not hold for the next session"
+                )
+        if fit_scores is not None:
+            report["fit_auc"], report["fit_p"] = _rank_test(
+                self.scores, np.asarray(fit_scores, dtype=np.float64)
+            )
+        return report
+
+    def tensors(self) -> dict[str, Array]:
+        """Return the arrays to store; :meth:`from_tensors` restores the same answers bit for bit."""
+        return {
+            "scores": self.scores,
+            "levels": self.levels,
+            "counts": self.counts,
+            "offsets": self.offsets,
+            "pixels": np.array([self.pixel_level, self.pixel_median], dtype=np.float64),
+            "max_count": np.array([self.max_count], dtype=np.int64),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Array]) -> Calibration:
+        """Return the calibration stored by :meth:`tensors`.
+
+        Raises:
+            InputError: arrays are missing or do not fit together.
+        """
+        missing = {"scores", "levels", "counts", "offsets", "pixels", "max_count"} - set(tensors)
+        if missing:
+            raise InputError(f"a stored calibration lacks {', '.join(sorted(missing))}")
+        offsets = np.asarray(tensors["offsets"], dtype=np.int64)
+        levels = np.asarray(tensors["levels"], dtype=np.float32)
+        counts = np.asarray(tensors["counts"], dtype=np.int64)
+        scores = np.asarray(tensors["scores"], dtype=np.float64)
+        pixels = np.asarray(tensors["pixels"], dtype=np.float64)
+        fits = (
+            len(offsets) == len(scores) + 1
+            and len(scores) > 0
+            and len(pixels) == 2
+            and offsets[0] == 0
+            and offsets[-1] == len(levels) == len(counts)
+            and bool((np.diff(offsets) > 0).all())
+        )
+        if not fits:
+            raise InputError("a stored calibration is damaged: its arrays do not fit together")
+        limit = int(np.asarray(tensors["max_count"])[0])
+        return cls(scores, levels, counts, offsets, float(pixels[0]), float(pixels[1]), limit)
+
+
+def _ceil(rate: float) -> str:
+    """Return ``rate`` in 3 digits, rounded up so that it can be asked for."""
+    digits = 2 - math.floor(math.log10(rate))
+    return f"{math.ceil(round(rate * 10**digits, 6)) / 10**digits:g}"
+
+
+def _highest(values: Array, count: int) -> Array:
+    """Return the ``count`` highest values, in no order."""
+    return (
+        values if len(values) <= count else np.partition(values, len(values) - count)[len(values) - count :]
+    )
+
+
+def _rank_test(a: Array, b: Array) -> tuple[float, float]:
+    """Return (P(a > b) + P(a = b) / 2, two-sided p-value of the rank test)."""
+    from scipy.stats import mannwhitneyu
+
+    if len(a) == 0 or len(b) == 0:
+        return 0.5, 1.0
+    result = mannwhitneyu(a, b)
+    p_value = float(result.pvalue)
+    return float(result.statistic) / (len(a) * len(b)), 1.0 if math.isnan(p_value) else p_value
