@@ -27,9 +27,12 @@ def evaluate(
     verbose: o.Verbose = False,
 ) -> None:
     """Measure a detector on labelled images: a per-class table of honest figures."""
-    from adflow import report
+    from json import loads
+
+    from adflow import __version__
     from adflow.cli._inputs import open_detector
     from adflow.data import open_data
+    from adflow.report import Report
     from adflow.runs import run_for
     from adflow.tasks._point import operating_point
     from adflow.tasks.evaluate import evaluate_detector
@@ -49,5 +52,5 @@ def evaluate(
                     detector, one, point=point, strict=strict, workers=workers, progress=progress
                 )
             rows.append(found.row)
-    provenance = {"command": " ".join(["adflow", *sys.argv[1:]])}
-    talk.data(report.to_json(rows, provenance), report.to_terminal(rows))
+    table = Report(rows, {"command": " ".join(["adflow", *sys.argv[1:]]), "adflow": __version__})
+    talk.data(loads(table.json()), table.table(talk.out.width))

@@ -24,7 +24,7 @@ class Evaluation:
     """One class, one detector.
 
     Attributes:
-        row: metrics as fractions, counts, times, with ``reasons`` for what is undefined.
+        row: metrics as fractions, counts, times, with ``undefined`` for what has no value.
         records: per image: path, label, defect, score, peak, regions, hit.
         curves: "roc" (images) and "pro" (pixels) as :class:`adflow.metrics.Curve`.
     """
@@ -167,6 +167,8 @@ def _row(
     image = metrics.image_metrics(scores, labels)
     provenance = detector.provenance
     hits = [record["hit"] for record in records if record["hit"] is not None]
+    undefined = {f"image_{k}": v for k, v in image.reasons.items()}
+    undefined |= {k if k == "aupro" else f"pixel_{k}": v for k, v in pixel.reasons.items()}
     row: dict[str, Any] = {
         "dataset": data.family,
         "class": data.class_,
@@ -184,11 +186,11 @@ def _row(
         "aupro": pixel.aupro,
         "hit": float(np.mean(hits)) if hits else float("nan"),
         "n_train": provenance.get("images"),
-        "n_good": int((labels == 0).sum()),
-        "n_defective": int((labels == 1).sum()),
+        "n_test": len(labels),
+        "n_defects": int((labels == 1).sum()),
         "n_regions": pixel.n_regions,
         "fit_seconds": provenance.get("seconds"),
-        "reasons": {**image.reasons, **pixel.reasons},
+        "undefined": undefined,
         "defects": per_defect(maps, masks, records),
     }
     if point is not None:
@@ -200,7 +202,7 @@ def _row(
             "setting": f"{point.kind} {point.value:g}",
             "mean_iou": float(iou.mean()),
             "iou_defective": float(iou[defective].mean()) if defective.any() else float("nan"),
-            "false_regions": float(regions[normal].mean()) if normal.any() else float("nan"),
+            "false_regions_per_normal": float(regions[normal].mean()) if normal.any() else float("nan"),
             "flagged_share": float((regions[normal] > 0).mean()) if normal.any() else float("nan"),
             "missed_share": float((regions[defective] == 0).mean()) if defective.any() else float("nan"),
         }

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from adflow._files import atomic_write, make_folder, write_text
+from adflow._files import make_folder, write_text
+from adflow._grid import frame_to_csv
 from adflow.data import Sample
 from adflow.detector import Detector, Progress
 from adflow.pipeline import Scored, run
-from adflow.report import safe_csv
 
 # Images flagged by chance when the user names no rate: the smallest of these that the held-out images can carry.
 DEFAULT_RATES = (0.01, 0.05, 0.1)
@@ -100,8 +100,7 @@ def row_of(scored: Scored, detector: Detector, limit: float | None) -> dict[str,
 
 def write_rows(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
     """Write ``rows`` as ``name``.csv (safe to open in a spreadsheet) and ``name``.jsonl."""
-    with atomic_write(folder / f"{name}.csv") as temporary:
-        safe_csv(pd.DataFrame(rows)).to_csv(temporary, index=False)
+    write_text(folder / f"{name}.csv", frame_to_csv(pd.DataFrame(rows)))
     lines = (json.dumps(finite(row), ensure_ascii=False) for row in rows)
     write_text(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
 

@@ -1,0 +1,161 @@
+"""The main job through the command line, on files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .conftest import Call
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from adflow import cli; code = cli.run(['--help']); "
+        "assert code == 0 and 'torch' not in sys.modules and 'pandas' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "segment" in done.stdout
+
+
+def test_fit_writes_a_run_and_says_the_next_command(parts: Path, tmp_path: Path, call: Call) -> None:
+    done = call("fit", parts, "-m", "padim", "--size", "64", "--runs", tmp_path, "--json")
+    assert done.code == 0, done.err
+    (run,) = done.json()["runs"]
+    assert run["images"] == 32 and run["held_out"] == 8 and run["size"] == [64, 64]
+    assert Path(run["detector"]).is_file() and "next:" in done.err
+    assert sorted(p.name for p in Path(run["detector"]).parent.iterdir()) == ["detector.safetensors", "fit.json"]
+
+
+def test_two_fits_with_one_seed_have_one_digest(parts: Path, tmp_path: Path, call: Call) -> None:
+    found = [
+        call("fit", parts, "--size", "64", "--set", "steps=5", "--out", tmp_path / str(i), "--json").json()
+        for i in range(2)
+    ]
+    assert found[0]["runs"][0]["digest"] == found[1]["runs"][0]["digest"]
+
+
+def test_score_gives_table_csv_jsonl_and_verdicts(parts: Path, runs: Path, tmp_path: Path, call: Call) -> None:
+    done = call("score", parts / "test", "--runs", runs, "--out", tmp_path, "--json")
+    assert done.code == 0, done.err
+    rows = done.json()["rows"]
+    assert len(rows) == 12 and {row["verdict"] for row in rows} == {"good", "defect"}
+    bad = [row for row in rows if "spot" in row["image"]]
+    assert all(row["verdict"] == "defect" for row in bad)
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert lines == rows
+    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 13
+    shown = call("score", parts / "test", "--runs", runs, "--out", tmp_path)
+    assert "verdict" in shown.out and "the run fitted last" in shown.err
+
+
+def test_segment_writes_masks_overlays_regions_and_coco(parts: Path, runs: Path, tmp_path: Path, call: Call) -> None:
+    done = call("segment", parts, "--nfa", "1", "--runs", runs, "--out", tmp_path, "--json")
+    assert done.code == 0, done.err
+    found = done.json()
+    for row in found["images"]:
+        with Image.open(tmp_path / row["mask"]) as mask:
+            assert mask.size == (96, 80) and set(np.unique(np.asarray(mask))) <= {0, 255}
+    bad = [row for row in found["images"] if "spot" in row["image"]]
+    assert len(bad) == 6 and all(row["regions"] >= 1 for row in bad)
+    with Image.open(tmp_path / bad[0]["mask"]) as mask:
+        marked = np.asarray(mask)[30:50, 40:60] == 255
+    assert marked.mean() > 0.5
+    regions = [json.loads(line) for line in (tmp_path / "regions.jsonl").read_text().splitlines()]
+    assert regions == found["regions"] and all(region["log10_nfa"] <= 0 for region in regions)
+    coco = json.loads((tmp_path / "coco.json").read_text())
+    assert len(coco["images"]) == 12 and len(coco["annotations"]) == len(regions)
+    assert len(list((tmp_path / "overlays").rglob("*.png"))) == 12
+    assert "false regions per good image" in done.err
+
+
+def test_evaluate_prints_one_object_with_fractions(parts: Path, runs: Path, call: Call) -> None:
+    done = call("evaluate", parts, "--runs", runs, "--json")
+    assert done.code == 0, done.err
+    (row,) = done.json()["rows"]
+    assert {"dataset", "class", "method", "backbone", "seed", "image_auroc", "pixel_auroc", "aupro"} <= set(row)
+    assert row["image_auroc"] == 1.0 and 0.9 < row["pixel_auroc"] <= 1.0
+    assert done.json()["mean"]["image_auroc"] == 1.0 and "command" in done.json()["provenance"]
+    assert "pixel" in call("evaluate", parts, "--runs", runs).out
+
+
+def test_calibrate_anew(parts: Path, runs: Path, tmp_path: Path, call: Call) -> None:
+    copy = tmp_path / "d.safetensors"
+    copy.write_bytes(next(runs.glob("*/detector.safetensors")).read_bytes())
+    done = call("calibrate", copy, parts / "test" / "good", "--json")
+    assert done.code == 0 and done.json()["images"] == 6, done.err
+
+
+def test_list_detectors_and_methods(runs: Path, call: Call) -> None:
+    found = call("list", "detectors", "--runs", runs, "--json").json()["detectors"]
+    assert [row["method"] for row in found] == ["padim"]
+    assert "padim" in call("list", "methods").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["fit", "no-such-folder/x"], 3, "no-such-folder"),
+        (["fit", "{parts}", "-m", "cflwo"], 2, "did you mean 'cflow'"),
+        (["fit", "{parts}", "-b", "lite9"], 2, "lite0"),
+        (["fit", "{parts}", "-m", "padim", "--set", "shrinkag=1"], 2, "shrinkag"),
+        (["fit", "{parts}", "--size", "1"], 2, "size"),
+        (["fit", "{parts}", "--recipe", "quick"], 2, "fast"),
+        (["fit", "{empty}"], 3, "image"),
+        (["fit", "{parts}", "--device", "tpu"], 2, "tpu"),
+        (["score", "{parts}/test", "--model", "nothing"], 2, "nothing"),
+        (["score", "{empty}", "--runs", "{runs}"], 3, "no image"),
+        (["score", "{parts}/test/none.png", "--runs", "{runs}"], 3, "none.png"),
+        (["score", "{parts}/test", "--runs", "{empty}"], 3, "adflow fit"),
+        (["segment", "{parts}/test", "--runs", "{runs}", "--nfa", "0.001"], 3, "held"),
+        (["segment", "{parts}/test", "--runs", "{runs}", "--nfa", "1", "--flag-rate", "0.2"], 2, "one of"),
+        (["list", "stuff"], 2, "methods"),
+        (["fit", "{parts}", "--feature-memory", "lots"], 2, "lots"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], code: int, words: str, parts: Path, runs: Path, tmp_path: Path, call: Call
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = call(*[a.format(parts=parts, runs=runs, empty=empty) for a in arguments])
+    assert done.code == code, (done.code, done.err)
+    assert words in done.err and "Traceback" not in done.err and done.out == ""
+
+
+def test_a_corrupt_image_is_named_and_skipped_or_fatal(
+    parts: Path, runs: Path, tmp_path: Path, call: Call
+) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    good = next((parts / "test" / "good").iterdir())
+    (folder / "a.png").write_bytes(good.read_bytes())
+    (folder / "b.png").write_bytes(good.read_bytes()[:200])
+    done = call("score", folder, "--runs", runs, "--out", tmp_path / "out", "--json")
+    assert done.code == 0 and "b.png" in done.err
+    assert [row["error"] is None for row in done.json()["rows"]] == [True, False]
+    strict = call("score", folder, "--runs", runs, "--out", tmp_path / "out2", "--strict")
+    assert strict.code == 3 and "b.png" in strict.err and not (tmp_path / "out2").exists()
+
+
+def test_damaged_detector_files_are_refused(runs: Path, parts: Path, tmp_path: Path, call: Call) -> None:
+    whole = next(runs.glob("*/detector.safetensors")).read_bytes()
+    file = tmp_path / "d.safetensors"
+    flipped = bytearray(whole)
+    flipped[-100] ^= 1
+    for content in (b"", whole[:50], whole[: len(whole) // 2], bytes(flipped), b"\xff" * 64):
+        file.write_bytes(content)
+        done = call("score", parts / "test", "--model", file)
+        assert done.code == 3 and "d.safetensors" in done.err, done.err
+
+
+def test_no_permission_to_write_is_said(parts: Path, runs: Path, tmp_path: Path, call: Call) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("x")
+    done = call("score", parts / "test", "--runs", runs, "--out", blocker / "below")
+    assert done.code in (3, 5) and "cannot write" in done.err
