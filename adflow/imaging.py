@@ -7,6 +7,7 @@ only by :func:`upsample` and :func:`upsample_matrices`.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from adflow.errors import InputError, UsageError
 
@@ -127,8 +128,12 @@ def image_size(path: Path | str, max_pixels: int = MAX_PIXELS) -> Size:
     """
 
     def size(image: Image.Image) -> Size:
+        width, height = image.size
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            # Some releases of Pillow turn the size of a TIFF before its pixels are read, others after.
+            width, height = (int(image.tag_v2[tag]) for tag in (_TIFF_WIDTH, _TIFF_HEIGHT))
         turned = image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
-        return (image.width, image.height) if turned else (image.height, image.width)
+        return (width, height) if turned else (height, width)
 
     return _decode(Path(path), size, None, max_pixels, upright=False)
 
@@ -265,6 +270,7 @@ def upsample_matrices(
 
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 are the orientations that swap height and width
 _QUARTER_TURNS = (5, 6, 7, 8)
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 
 
 def _decode(
@@ -289,6 +295,8 @@ def _decode(
                 if image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS:
                     height, width = width, height
                 image.draft(image.mode, (width, height))
+            if image.format == "BMP" and image.mode == "1":
+                return convert(_two_colours(path, image))
             if upright:
                 ImageOps.exif_transpose(image, in_place=True)  # a copy would forget the format
             return convert(image)
@@ -306,6 +314,22 @@ def _decode(
         raise InputError(
             f"cannot read {show(path)}: damaged image ({type(error).__name__}: {error})"
         ) from error
+
+
+def _two_colours(path: Path, image: Image.Image) -> Image.Image:
+    """Return a BMP that Pillow takes for one bit a pixel, decoded with the bits it really has.
+
+    A palette of black and white alone makes Pillow (seen in 13.0) unpack 4- and 8-bit pixels as single bits:
+    a mask saved that way comes out empty. With a palette that is not quite white it goes the right way.
+    """
+    content = bytearray(path.read_bytes())
+    header, bits = int.from_bytes(content[14:18], "little"), int.from_bytes(content[28:30], "little")
+    if header < 40 or bits == 1:
+        return image
+    content[14 + header + 4] = 254  # blue of the second colour
+    mended = Image.open(io.BytesIO(content), formats=("BMP",))
+    indices = np.asarray(mended.convert("RGB"))[..., 0]
+    return Image.fromarray(indices)
 
 
 def _rgb(image: Image.Image) -> Array:

@@ -241,7 +241,7 @@ Marred = tuple[Plane, npt.NDArray[np.bool_]]
 
 def _scratch(clean: Plane, foreign: Plane, rng: np.random.Generator) -> Marred:
     points = _curve(rng, rng.uniform(80, 170), curl=0.05)
-    width = rng.uniform(1.6, 3.0)
+    width = rng.uniform(2.0, 3.4)
     side = 1 if rng.random() < 0.5 else -1
     depth = np.clip(0.8 + 0.35 * _clouds(rng, 12), 0.25, 1)
     core = _stroke(points, width) * depth
@@ -267,7 +267,7 @@ def _stain(clean: Plane, foreign: Plane, rng: np.random.Generator) -> Marred:
 
 
 def _patch(clean: Plane, foreign: Plane, rng: np.random.Generator) -> Marred:
-    cover = _blot(rng, rng.uniform(16, 32), edge=rng.uniform(2, 4))
+    cover = _blot(rng, rng.uniform(20, 32), edge=rng.uniform(2, 4))
     other = _crop(foreign, 0, _PHOTO, rng)
     inside = cover > 0.5
     spread = max(clean[inside].std(), 14.0)
