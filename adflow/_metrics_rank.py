@@ -156,7 +156,7 @@ class Ranked:
         positive_upto = np.append(start + first[1:], self.positives.rank(distinct[-1:], "right")[0])
         near = self.everything[low:high]
         below = low + np.searchsorted(near, distinct, side="left")
-        # The positives that share a score are known; a second search is needed only where a negative has it too.
+        # A second search is needed only where a negative has the score too; the positives are counted.
         upto = below + (positive_upto - positive_below)
         more = upto < self.everything.size
         more[more] = self.everything[upto[more]] == distinct[more]
@@ -285,7 +285,7 @@ def _cut(curve: Curve, ranked: Ranked, limit: float) -> Curve:
     y = _overlap(ranked, positive_below)
     if len(around) == 1:  # everything at or above the only threshold: the segment starts at (0, 0)
         x, y = np.append(x, 0.0), np.append(y, 0.0)
-    end = y[1] + (y[0] - y[1]) * (limit - x[1]) / (x[0] - x[1])
+    end = max(y[1] + (y[0] - y[1]) * (limit - x[1]) / (x[0] - x[1]), float(curve.y[keep - 1]))  # rounding
     return Curve(
         np.append(curve.x[:keep], limit),
         np.append(curve.y[:keep], end),

@@ -181,3 +181,211 @@ def test_uflow_latents_give_the_originals_nfa(name: str) -> None:
     found = nfa.tree(nfa.latent_energies(latents), expected.shape[-2:], bound="reference")
     # A level that flips in the last digit of float32 can move a whole small region; everything else is bit-close.
     assert (np.abs(found - expected) <= 0.05 + 1e-5 * np.abs(expected)).mean() > 0.99
+
+
+# ---- padim*.npz, spade.npz, patchcore_*.npz: Gaussians and memories ------------------------------------------------
+
+
+class GivenFeatures:
+    """The part of a FeatureBank that a fit reads, over arrays that are there already."""
+
+    def __init__(self, levels: list[np.ndarray]) -> None:
+        import torch
+
+        self.levels = [torch.from_numpy(level) for level in levels]
+        self.channels = [level.shape[1] for level in levels]
+        self.grids = [(level.shape[2], level.shape[3]) for level in levels]
+
+    def __len__(self) -> int:
+        return len(self.levels[0])
+
+    def batches(self, batch_size: int) -> "object":
+        for start in range(0, len(self), batch_size):
+            yield [level[start : start + batch_size] for level in self.levels]
+
+
+def levels_of(arrays: dict[str, np.ndarray], part: str) -> list[np.ndarray]:
+    """Return layer<k>_<part>, finest first."""
+    names = sorted(key for key in arrays if key.startswith("layer") and key.endswith(f"_{part}"))
+    assert names
+    return [arrays[name] for name in names]
+
+
+def fit_given(detector: "object", features: GivenFeatures, size: tuple[int, int]) -> "object":
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    detector.prepare(features.channels, features.grids, size, generator)
+    return generator
+
+
+def test_padim_is_the_repositorys(tiny_backbone: "object") -> None:
+    import torch
+
+    from adflow.imaging import upsample
+    from adflow.methods.padim import PaDiM
+
+    arrays = oracle("padim")
+    train, test = (GivenFeatures(levels_of(arrays, part)) for part in ("train", "test"))
+    size = arrays["score_map_after"].shape[1:]
+    recipe = PaDiM.recipe_for("paper")
+    settings = {k: recipe[k] for k in ("grid", "whiten", "shrinkage", "log_det")}
+    detector = PaDiM(tiny_backbone, channels=len(arrays["channel_subset"]), **settings)
+    generator = fit_given(detector, train, size)
+    detector.channels_ = torch.from_numpy(arrays["channel_subset"])
+    detector.fit_features(train, generator=generator)
+    mean = detector.mean_.T.numpy()
+    inverse = detector.inverse_.double()
+    covariance = torch.linalg.inv(inverse.transpose(1, 2) @ inverse).permute(1, 2, 0).numpy()
+    # Both sides round means and inverse factors to float32.
+    np.testing.assert_allclose(mean, arrays["mean"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(covariance, arrays["cov_plus_001I"], rtol=0, atol=1e-4 * arrays["cov_plus_001I"].max())
+    found = detector.score_features(test.levels)
+    # The repository inverts in float32 (noise 1.2e-7 relative); 1e-5 is well below what its authors' tolerance needs.
+    for name in ("distance", "distance_f64_solve"):
+        np.testing.assert_allclose(found.numpy(), arrays[name], rtol=1e-5)
+    before, after = (upsample(found, size, sigma).numpy() for sigma in (0.0, 4.0))
+    np.testing.assert_allclose(before, arrays["score_map_before"], rtol=1e-5)
+    np.testing.assert_allclose(after, arrays["score_map_after"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("net", "total"), [("resnet18", 448), ("wide_resnet50_2", 1792)])
+def test_padim_draws_the_repositorys_channels_for_its_seed(net: str, total: int, tiny_backbone: "object") -> None:
+    import torch
+
+    from adflow.methods.padim import PaDiM
+
+    expected = oracle("padim_repo_channel_subsets")[net]
+    detector = PaDiM(tiny_backbone, channels=len(expected))
+    detector.prepare([total], [(1, 1)], (8, 8), torch.Generator().manual_seed(1024))
+    assert detector.channels_.tolist() == expected.tolist()
+
+
+def spade(tiny_backbone: "object", **settings: "object") -> tuple["object", dict[str, np.ndarray], GivenFeatures]:
+    from adflow.methods.spade import SPADE
+
+    arrays = oracle("spade")
+    parts = [
+        GivenFeatures([*levels_of(arrays, part), arrays[f"avgpool_{part}"]]) for part in ("train", "test")
+    ]
+    detector = SPADE(tiny_backbone, images=int(arrays["top_k"]), **settings)
+    detector.fit_features(parts[0], generator=fit_given(detector, parts[0], (224, 224)))
+    return detector, arrays, parts[1]
+
+
+def test_spade_finds_the_repositorys_images_and_compares_the_whole_gallery(tiny_backbone: "object") -> None:
+    import torch
+
+    detector, arrays, test = spade(tiny_backbone, levels="separate", retrieval_score=True)
+    distances, index = detector.retrieve(test.levels)
+    assert np.array_equal(np.sort(index.numpy(), axis=1), np.sort(arrays["knn_index"], axis=1))
+    np.testing.assert_allclose(distances.numpy(), np.sort(arrays["knn_dist"], axis=1), rtol=1e-5)
+    scores = detector.score_images(test.levels, torch.zeros(len(index), 8, 8), None)
+    np.testing.assert_allclose(scores.numpy(), arrays["image_score"], rtol=1e-5)
+    for level, found in enumerate(detector.level_distances(test.levels, index), start=1):
+        # float64 reference; ours measures the nearest directly in float32.
+        np.testing.assert_allclose(found.numpy(), arrays[f"min_dist_full_gallery_layer{level}"], rtol=1e-5)
+
+
+def test_spade_differs_from_the_repository_by_the_dropped_gallery_only(tiny_backbone: "object") -> None:
+    import torch
+
+    from adflow.imaging import upsample
+    from adflow.methods._memory import nearest
+
+    detector, arrays, test = spade(tiny_backbone, levels="separate")
+    _, index = detector.retrieve(test.levels)
+    given = []
+    for level in range(len(test.levels) - 1):
+        names = [f"min_dist_layer{level + 1}_img{b}" for b in range(len(test))]
+        given.append(torch.from_numpy(np.stack([arrays[name] for name in names])))
+        for b, name in enumerate(names):
+            gallery = getattr(detector, f"level{level}_")[index[b]]  # [K, C, h, w]
+            rows = gallery.permute(0, 3, 2, 1).flatten(0, 2)  # the repository's order: image, column, row
+            query = test.levels[level][b].flatten(1).T
+            squared, _ = nearest(query, rows[: len(rows) // 100 * 100])
+            # The repository adds 1e-6 to every difference.
+            np.testing.assert_allclose(squared.sqrt().numpy().reshape(arrays[name].shape), arrays[name], rtol=1e-4)
+    size = tuple(2 * side for side in arrays["score_map_after"].shape[1:])
+    maps = upsample(detector._mean(given, size), size, 4.0)[:, ::2, ::2]
+    np.testing.assert_allclose(maps.numpy(), arrays["score_map_after"], rtol=1e-4)
+
+
+def patchcore_cases() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("patchcore_*.npz")) or ["patchcore_absent"]
+
+
+def patchcore(arrays: dict[str, np.ndarray], part: str, tiny_backbone: "object") -> tuple["object", GivenFeatures]:
+    """Return a detector with the file's widths. The files do not say how long a pooled layer is: it is looked for."""
+    import torch
+
+    from adflow.methods.patchcore import PatchCore
+
+    suffix = f"_{part}" if part else ""
+    names = sorted(k for k in arrays if k.startswith("layer") and k.endswith(suffix) and k.count("_") == bool(part))
+    features = GivenFeatures([arrays[name] for name in names])
+    rows = torch.from_numpy(arrays[f"embedding{suffix}"])
+    width = rows.shape[1]
+    recipe = PatchCore.recipe_for("code")
+    settings = {k: recipe[k] for k in ("neighbourhood", "grid", "whiten")}
+    first = [level[:1] for level in features.levels]
+    for layer_width in [width, *range(1, 4 * width)]:
+        detector = PatchCore(tiny_backbone, layer_width=layer_width, width=width, **settings)
+        found = detector.embed(first)[0]
+        if torch.allclose(found, rows[: len(found)], rtol=1e-5, atol=1e-5 * float(rows.abs().max())):
+            return detector, features
+    raise AssertionError("no width of a pooled layer gives the embedding")
+
+
+@pytest.mark.parametrize("case", patchcore_cases())
+def test_patchcore_embeds_as_the_official_code(case: str, tiny_backbone: "object") -> None:
+    arrays = oracle(case)
+    for part in sorted(key.removeprefix("embedding").removeprefix("_") for key in arrays if key.startswith("embedding")):
+        detector, features = patchcore(arrays, part, tiny_backbone)
+        expected = arrays[f"embedding_{part}" if part else "embedding"]
+        found = detector.embed(features.levels).flatten(0, 1).numpy()
+        # Windows are pooled before they are resized, the other way round there: rounding only.
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("case", patchcore_cases())
+def test_patchcore_chooses_and_scores_as_the_official_code(case: str, tiny_backbone: "object") -> None:
+    import torch
+
+    from adflow.imaging import upsample
+    from adflow.methods._memory import greedy_coreset, half_norms, nearest, start_from_all, start_from_points
+
+    arrays = oracle(case)
+    if "coreset_index" not in arrays:
+        pytest.skip(f"{case} has an embedding only")
+    rows = torch.from_numpy(arrays["embedding_train"])
+    small = rows @ torch.from_numpy(arrays["projection_weight"]).T
+    start = start_from_points(small, torch.from_numpy(arrays["start_points"]))
+    expected = arrays["coreset_index_f64"]
+    chosen = greedy_coreset(small, len(expected), start).numpy()
+    # A choice between two rows whose distances differ by less than float32 resolves may fall either way.
+    sure = int(np.argmax(np.append(arrays["coreset_argmax_gap_f64"] < 1e-5, True)))
+    assert sure > 0 and np.array_equal(chosen[:sure], expected[:sure])
+    if sure == len(expected):
+        assert np.array_equal(chosen, arrays["coreset_index"])
+    exact = arrays["exact_greedy_index_first300"]
+    first = rows[:300]
+    assert np.array_equal(greedy_coreset(first, len(exact), start_from_all(first)).numpy(), exact)
+
+    detector, features = patchcore(arrays, "test", tiny_backbone)
+    size = arrays["score_map"].shape[1:]
+    fit_given(detector, features, size)
+    detector.bank_ = rows[torch.from_numpy(arrays["coreset_index"])]
+    detector.halves_ = half_norms(detector.bank_)
+    queries = torch.from_numpy(arrays["embedding_test"])
+    squared, index = nearest(queries, detector.bank_, 1, detector.halves_)
+    scale = arrays["nn_sq_distance"].max()
+    np.testing.assert_allclose(squared[:, 0].numpy(), arrays["nn_sq_distance"], rtol=1e-5, atol=1e-6 * scale)
+    assert np.array_equal(index[:, 0].numpy(), arrays["nn_index_in_bank"])
+    three = nearest(queries, detector.bank_, 3, detector.halves_)[0].mean(dim=1).numpy()
+    np.testing.assert_allclose(three, arrays["patch_score_3nn_mean"], rtol=1e-5, atol=1e-6 * scale)
+    maps = upsample(detector.score_features(features.levels), size, 4.0)
+    np.testing.assert_allclose(maps.numpy(), arrays["score_map"], rtol=1e-5, atol=1e-6 * scale)
+    detector.patch_score, detector.margin, detector.size = True, 0.0, size
+    images = detector.score_images(features.levels, maps, None)
+    np.testing.assert_allclose(images.numpy(), arrays["image_score"], rtol=1e-5, atol=1e-6 * scale)
