@@ -84,11 +84,11 @@ def build(texture: str, folder: Path) -> None:
         for number in range(EACH):
             clean = _crop(photos[texture], _SPLIT, _PHOTO, rng)
             foreign = photos[TEXTURES[(TEXTURES.index(texture) + 1 + number % 2) % len(TEXTURES)]]
-            marred, support = _MAKERS[kind](clean, foreign, rng)
+            marred = _MAKERS[kind](clean, foreign, rng)
             light = _Light(rng)
             picture, reference = light.expose(marred), light.expose(clean)
             _save(picture, folder / "test" / kind / f"{number:03d}.png")
-            mask = _mask(picture, reference, support)
+            mask = _mask(picture, reference)
             _save(mask.astype(np.uint8) * 255, folder / "ground_truth" / kind / f"{number:03d}_mask.png")
     (folder / _MARK).write_text(RECIPE + "\n", encoding="utf-8")
 
@@ -167,18 +167,15 @@ class _Light:
         return np.clip(np.rint(bright * self.gain * self.field + self.noise), 0, 255).astype(np.uint8)
 
 
-def _mask(
-    picture: npt.NDArray[np.uint8], reference: npt.NDArray[np.uint8], support: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.bool_]:
+def _mask(picture: npt.NDArray[np.uint8], reference: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
     """Return where the picture visibly differs from the same exposure without the defect.
 
-    Inside the support of the defect, small gaps (where foreign and own texture happen to agree) are closed,
-    and specks of fewer than 12 pixels are dropped.
+    Gaps of a few pixels, where the defect happens to agree with what it covers, are closed, holes filled, and
+    specks of fewer than 12 pixels dropped.
     """
     changed = np.abs(picture.astype(np.int16) - reference.astype(np.int16)) >= _VISIBLE
     disk = np.hypot(*np.mgrid[-3:4, -3:4]) <= 3
-    closed = ndimage.binary_closing(np.pad(changed & support, 4), disk)[4:-4, 4:-4]
-    closed = ndimage.binary_fill_holes(closed) & support
+    closed = ndimage.binary_fill_holes(ndimage.binary_closing(np.pad(changed, 4), disk)[4:-4, 4:-4])
     labels, count = ndimage.label(closed, structure=np.ones((3, 3)))
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     keep = sizes >= 12
@@ -235,11 +232,7 @@ def _around(plane: Plane) -> Plane:
     return np.asarray(ndimage.gaussian_filter(plane, 12, mode="reflect"))
 
 
-# The plane with its defect, and where the defect may have reached.
-Marred = tuple[Plane, npt.NDArray[np.bool_]]
-
-
-def _scratch(clean: Plane, foreign: Plane, rng: np.random.Generator) -> Marred:
+def _scratch(clean: Plane, foreign: Plane, rng: np.random.Generator) -> Plane:
     points = _curve(rng, rng.uniform(80, 170), curl=0.05)
     width = rng.uniform(2.0, 3.4)
     side = 1 if rng.random() < 0.5 else -1
@@ -250,10 +243,11 @@ def _scratch(clean: Plane, foreign: Plane, rng: np.random.Generator) -> Marred:
     spread = clean.std()
     plane = clean + 0.8 * rim * (ground + 1.9 * spread - clean)
     plane = plane + 0.9 * core * (ground - 2.1 * spread - plane)
-    return plane, (core > 0.02) | (rim > 0.02)
+    return np.asarray(plane)
 
 
-def _stain(clean: Plane, foreign: Plane, rng: np.random.Generator) -> Marred:
+def _stain(clean: Plane, foreign: Plane, rng: np.random.Generator) -> Plane:
+    plane: Plane
     radius = rng.uniform(18, 36)
     cover = _blot(rng, radius, edge=rng.uniform(4, 9))
     rim = 4 * cover * (1 - cover)
@@ -263,19 +257,19 @@ def _stain(clean: Plane, foreign: Plane, rng: np.random.Generator) -> Marred:
         plane = clean * (1 - strength * cover * mottle) * (1 - 0.22 * rim)
     else:
         plane = clean + (232 - clean) * 0.9 * strength * cover * mottle
-    return plane, cover > 0.02
+    return plane
 
 
-def _patch(clean: Plane, foreign: Plane, rng: np.random.Generator) -> Marred:
+def _patch(clean: Plane, foreign: Plane, rng: np.random.Generator) -> Plane:
     cover = _blot(rng, rng.uniform(20, 32), edge=rng.uniform(2, 4))
     other = _crop(foreign, 0, _PHOTO, rng)
     inside = cover > 0.5
     spread = max(clean[inside].std(), 14.0)
     other = (other - other[inside].mean()) / max(other[inside].std(), 1.0) * spread + clean[inside].mean()
-    return clean + cover * (other - clean), cover > 0.02
+    return np.asarray(clean + cover * (other - clean))
 
 
-def _thread(clean: Plane, foreign: Plane, rng: np.random.Generator) -> Marred:
+def _thread(clean: Plane, foreign: Plane, rng: np.random.Generator) -> Plane:
     points = _curve(rng, rng.uniform(110, 230), curl=0.35)
     width = rng.uniform(2.0, 3.6)
     fibre = _stroke(points, width)
@@ -287,7 +281,7 @@ def _thread(clean: Plane, foreign: Plane, rng: np.random.Generator) -> Marred:
     tone = rng.uniform(20, 50) if rng.random() < 0.5 else rng.uniform(205, 235)
     plane = clean * (1 - 0.4 * dark)
     plane = plane + 0.93 * fibre * (tone - plane)
-    return plane + 0.35 * shine * (tone + 30 - plane), (fibre > 0.02) | (dark > 0.05)
+    return np.asarray(plane + 0.35 * shine * (tone + 30 - plane))
 
 
 _MAKERS = {"scratch": _scratch, "stain": _stain, "patch": _patch, "thread": _thread}
