@@ -230,7 +230,7 @@ def upsample(maps: Tensor, size: Size, sigma: float, matrices: tuple[Tensor, Ten
         maps: [B, h, w].
         size: (H, W) wanted.
         sigma: standard deviation of the Gaussian in pixels of the output; 0 for none. The kernel reaches
-            ``int(4 sigma + 0.5)`` pixels; borders are reflected without repeating the edge pixel.
+            ``int(4 sigma + 0.5)`` pixels; borders are reflected, the edge pixel repeated (as scipy does).
         matrices: what :func:`upsample_matrices` gives for this grid, to build them once instead of a call.
 
     Returns:
@@ -412,7 +412,7 @@ def _smooth(length: int, sigma: float) -> npt.NDArray[np.float64]:
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     kernel /= kernel.sum()
     source = (
-        np.pad(np.arange(length), reach, mode="reflect") if length > 1 else np.zeros(2 * reach + 1, np.intp)
+        np.pad(np.arange(length), reach, mode="symmetric") if length > 1 else np.zeros(2 * reach + 1, np.intp)
     )
     matrix = np.zeros((length, length))
     for offset, weight in enumerate(kernel):

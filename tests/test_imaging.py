@@ -518,7 +518,8 @@ def reference(maps: torch.Tensor, size: tuple[int, int], sigma: float) -> torch.
     at = torch.arange(-reach, reach + 1, dtype=maps.dtype)
     kernel = torch.exp(-0.5 * (at / sigma) ** 2)
     kernel /= kernel.sum()
-    padded = F.pad(large, (reach,) * 4, mode="reflect")
+    edges = ((0, 0), (0, 0), (reach, reach), (reach, reach))
+    padded = torch.from_numpy(np.pad(large.numpy(), edges, mode="symmetric"))
     return F.conv2d(F.conv2d(padded, kernel[None, None, :, None]), kernel[None, None, None, :])[:, 0]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,7 +184,7 @@ def test_uflow_latents_give_the_originals_nfa(name: str) -> None:
     assert (np.abs(found - expected) <= 0.05 + 1e-5 * np.abs(expected)).mean() > 0.99
 
 
-# ---- padim*.npz, spade.npz, patchcore_*.npz: Gaussians and memories ------------------------------------------------
+# ---- padim*.npz, spade.npz, patchcore_*.npz: Gaussians and memories ---------------------------------------
 
 
 class GivenFeatures:
@@ -199,7 +200,7 @@ class GivenFeatures:
     def __len__(self) -> int:
         return len(self.levels[0])
 
-    def batches(self, batch_size: int) -> "object":
+    def batches(self, batch_size: int) -> Any:
         for start in range(0, len(self), batch_size):
             yield [level[start : start + batch_size] for level in self.levels]
 
@@ -211,7 +212,7 @@ def levels_of(arrays: dict[str, np.ndarray], part: str) -> list[np.ndarray]:
     return [arrays[name] for name in names]
 
 
-def fit_given(detector: "object", features: GivenFeatures, size: tuple[int, int]) -> "object":
+def fit_given(detector: Any, features: GivenFeatures, size: tuple[int, int]) -> Any:
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -219,7 +220,7 @@ def fit_given(detector: "object", features: GivenFeatures, size: tuple[int, int]
     return generator
 
 
-def test_padim_is_the_repositorys(tiny_backbone: "object") -> None:
+def test_padim_is_the_repositorys(tiny_backbone: Any) -> None:
     import torch
 
     from adflow.imaging import upsample
@@ -239,7 +240,8 @@ def test_padim_is_the_repositorys(tiny_backbone: "object") -> None:
     covariance = torch.linalg.inv(inverse.transpose(1, 2) @ inverse).permute(1, 2, 0).numpy()
     # Both sides round means and inverse factors to float32.
     np.testing.assert_allclose(mean, arrays["mean"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(covariance, arrays["cov_plus_001I"], rtol=0, atol=1e-4 * arrays["cov_plus_001I"].max())
+    expected = arrays["cov_plus_001I"]
+    np.testing.assert_allclose(covariance, expected, rtol=0, atol=1e-4 * expected.max())
     found = detector.score_features(test.levels)
     # The repository inverts in float32 (noise 1.2e-7 relative); 1e-5 is well below what its authors' tolerance needs.
     for name in ("distance", "distance_f64_solve"):
@@ -250,7 +252,7 @@ def test_padim_is_the_repositorys(tiny_backbone: "object") -> None:
 
 
 @pytest.mark.parametrize(("net", "total"), [("resnet18", 448), ("wide_resnet50_2", 1792)])
-def test_padim_draws_the_repositorys_channels_for_its_seed(net: str, total: int, tiny_backbone: "object") -> None:
+def test_padim_draws_the_channels_of_the_repository(net: str, total: int, tiny_backbone: Any) -> None:
     import torch
 
     from adflow.methods.padim import PaDiM
@@ -261,7 +263,7 @@ def test_padim_draws_the_repositorys_channels_for_its_seed(net: str, total: int,
     assert detector.channels_.tolist() == expected.tolist()
 
 
-def spade(tiny_backbone: "object", **settings: "object") -> tuple["object", dict[str, np.ndarray], GivenFeatures]:
+def spade(tiny_backbone: Any, **settings: Any) -> tuple[Any, dict[str, np.ndarray], GivenFeatures]:
     from adflow.methods.spade import SPADE
 
     arrays = oracle("spade")
@@ -273,7 +275,7 @@ def spade(tiny_backbone: "object", **settings: "object") -> tuple["object", dict
     return detector, arrays, parts[1]
 
 
-def test_spade_finds_the_repositorys_images_and_compares_the_whole_gallery(tiny_backbone: "object") -> None:
+def test_spade_finds_the_repositorys_images_and_compares_the_whole_gallery(tiny_backbone: Any) -> None:
     import torch
 
     detector, arrays, test = spade(tiny_backbone, levels="separate", retrieval_score=True)
@@ -287,7 +289,7 @@ def test_spade_finds_the_repositorys_images_and_compares_the_whole_gallery(tiny_
         np.testing.assert_allclose(found.numpy(), arrays[f"min_dist_full_gallery_layer{level}"], rtol=1e-5)
 
 
-def test_spade_differs_from_the_repository_by_the_dropped_gallery_only(tiny_backbone: "object") -> None:
+def test_spade_differs_from_the_repository_by_the_dropped_gallery_only(tiny_backbone: Any) -> None:
     import torch
 
     from adflow.imaging import upsample
@@ -305,7 +307,8 @@ def test_spade_differs_from_the_repository_by_the_dropped_gallery_only(tiny_back
             query = test.levels[level][b].flatten(1).T
             squared, _ = nearest(query, rows[: len(rows) // 100 * 100])
             # The repository adds 1e-6 to every difference.
-            np.testing.assert_allclose(squared.sqrt().numpy().reshape(arrays[name].shape), arrays[name], rtol=1e-4)
+            found = squared.sqrt().numpy().reshape(arrays[name].shape)
+            np.testing.assert_allclose(found, arrays[name], rtol=1e-4)
     size = tuple(2 * side for side in arrays["score_map_after"].shape[1:])
     maps = upsample(detector._mean(given, size), size, 4.0)[:, ::2, ::2]
     np.testing.assert_allclose(maps.numpy(), arrays["score_map_after"], rtol=1e-4)
@@ -315,14 +318,15 @@ def patchcore_cases() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("patchcore_*.npz")) or ["patchcore_absent"]
 
 
-def patchcore(arrays: dict[str, np.ndarray], part: str, tiny_backbone: "object") -> tuple["object", GivenFeatures]:
-    """Return a detector with the file's widths. The files do not say how long a pooled layer is: it is looked for."""
+def patchcore(arrays: dict[str, np.ndarray], part: str, net: Any) -> tuple[Any, GivenFeatures]:
+    """Return a detector with the file's widths. How long a pooled layer is no file says: it is looked for."""
     import torch
 
     from adflow.methods.patchcore import PatchCore
 
     suffix = f"_{part}" if part else ""
-    names = sorted(k for k in arrays if k.startswith("layer") and k.endswith(suffix) and k.count("_") == bool(part))
+    found = [k for k in arrays if k.startswith("layer") and k.endswith(suffix)]
+    names = sorted(k for k in found if k.count("_") == bool(part))
     features = GivenFeatures([arrays[name] for name in names])
     rows = torch.from_numpy(arrays[f"embedding{suffix}"])
     width = rows.shape[1]
@@ -330,17 +334,18 @@ def patchcore(arrays: dict[str, np.ndarray], part: str, tiny_backbone: "object")
     settings = {k: recipe[k] for k in ("neighbourhood", "grid", "whiten")}
     first = [level[:1] for level in features.levels]
     for layer_width in [width, *range(1, 4 * width)]:
-        detector = PatchCore(tiny_backbone, layer_width=layer_width, width=width, **settings)
-        found = detector.embed(first)[0]
-        if torch.allclose(found, rows[: len(found)], rtol=1e-5, atol=1e-5 * float(rows.abs().max())):
+        detector = PatchCore(net, layer_width=layer_width, width=width, **settings)
+        made = detector.embed(first)[0]
+        if torch.allclose(made, rows[: len(made)], rtol=1e-5, atol=1e-5 * float(rows.abs().max())):
             return detector, features
     raise AssertionError("no width of a pooled layer gives the embedding")
 
 
 @pytest.mark.parametrize("case", patchcore_cases())
-def test_patchcore_embeds_as_the_official_code(case: str, tiny_backbone: "object") -> None:
+def test_patchcore_embeds_as_the_official_code(case: str, tiny_backbone: Any) -> None:
     arrays = oracle(case)
-    for part in sorted(key.removeprefix("embedding").removeprefix("_") for key in arrays if key.startswith("embedding")):
+    keys = sorted(key for key in arrays if key.startswith("embedding"))
+    for part in (key.removeprefix("embedding").removeprefix("_") for key in keys):
         detector, features = patchcore(arrays, part, tiny_backbone)
         expected = arrays[f"embedding_{part}" if part else "embedding"]
         found = detector.embed(features.levels).flatten(0, 1).numpy()
@@ -349,11 +354,17 @@ def test_patchcore_embeds_as_the_official_code(case: str, tiny_backbone: "object
 
 
 @pytest.mark.parametrize("case", patchcore_cases())
-def test_patchcore_chooses_and_scores_as_the_official_code(case: str, tiny_backbone: "object") -> None:
+def test_patchcore_chooses_and_scores_as_the_official_code(case: str, tiny_backbone: Any) -> None:
     import torch
 
     from adflow.imaging import upsample
-    from adflow.methods._memory import greedy_coreset, half_norms, nearest, start_from_all, start_from_points
+    from adflow.methods._memory import (
+        greedy_coreset,
+        half_norms,
+        nearest,
+        start_from_all,
+        start_from_points,
+    )
 
     arrays = oracle(case)
     if "coreset_index" not in arrays:

@@ -62,7 +62,7 @@ class Moments:
         self.scatter += other.scatter
 
     def _shift(self, mean: Tensor, count: int) -> None:
-        """Take ``count`` further vectors into count and mean, and what lies between the means into scatter."""
+        """Take ``count`` further vectors into count and mean, and the step between into scatter."""
         total = self.count + count
         step = mean - self.mean
         self.mean += step * (count / total)
@@ -170,3 +170,43 @@ def mahalanobis(vectors: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
     """
     centred = (vectors - mean).permute(1, 2, 0)  # [P, C, B]
     return torch.bmm(inverse, centred).square().sum(dim=1).T
+
+
+def leave_one_out(distances: Tensor, count: int, weight: float) -> Tensor:
+    """Return what squared Mahalanobis distances of training vectors would be, had each been left out.
+
+    A training vector pulls mean and covariance towards itself, the more the fewer there are; a new one does
+    not. With n vectors, h = d^T S^-1 d and S = weight * covariance + (a part that does not depend on the
+    data), the rank-one update (Sherman & Morrison, 1950) of mean and covariance gives (n / (n - 1))^2 h / (1
+    - c h), c = weight n / ((n - 1)(n - 2)), up to the factor (n - 1) / (n - 2) of the covariance of the
+    others.
+
+    Args:
+        distances: squared distances of any shape.
+        count: n, at least 3; below, ``distances`` come back as they are.
+        weight: share of the data in the covariance (1 - shrinkage).
+    """
+    if count < 3:
+        return distances
+    c = weight * count / ((count - 1) * (count - 2))
+    return (count / (count - 1)) ** 2 * distances / (1 - c * distances).clamp(min=1e-3)
+
+
+def chi_square_fit(energies: Tensor) -> tuple[Tensor, float]:
+    """Fit a scaled chi-square: energies times ``scale`` have mean and variance of chi-square(dof).
+
+    The Gaussian model says chi-square with as many degrees as channels, which real features do not follow:
+    they are fewer in effect and heavier in their tails. Matching two moments (Box, 1954, Some theorems on
+    quadratic forms) keeps the null model honest in its bulk; it says nothing about tails beyond the training
+    images.
+
+    Args:
+        energies: [n, P] non-negative, of normal images that the model does not know (left out).
+
+    Returns:
+        scale [P] by position, and dof in [1, 1e4] for all of them.
+    """
+    mean = energies.mean(dim=0).clamp(min=1e-12)
+    variance = (energies / mean).double().var(unbiased=False) if len(energies) > 1 else torch.tensor(2.0)
+    dof = float((2 / variance.clamp(min=2e-4)).clamp(min=1.0))
+    return dof / mean, dof

