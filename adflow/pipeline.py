@@ -156,9 +156,8 @@ class _Work:
         scored = Scored(sample)
         began = time.perf_counter()
         try:
-            # A map is needed at the input's size; only overlays need every pixel of the file.
-            at_least = None if self.keep_picture else self.size
-            picture = read_image(sample.image, at_least=at_least)
+            # Always in full: a JPEG decoded smaller would score differently with and without an overlay.
+            picture = read_image(sample.image)
         except InputError as error:
             if self.strict:
                 raise
