@@ -255,7 +255,7 @@ def _curve(
 
 
 def _cut(x: npt.NDArray[Any], y: npt.NDArray[Any], limit: float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Return the curve up to `limit`, with the point there interpolated; one that ends before goes on flat."""
+    """Return the curve up to `limit`, interpolated there; one that ends before goes on flat."""
     inside = x <= limit
     end = float(np.interp(limit, x, y))
     return np.append(x[inside], limit), np.append(y[inside], end)

@@ -485,6 +485,7 @@ def compare(rows: Sequence[Row] | Report, block: str = "cflow-paper") -> Compari
     for line in ours.to_dict("records"):
         run = "/".join(line[part] for part in CONFIG if line[part]) or "ours"
         runs.setdefault((run, line["dataset"]), []).append({str(key): value for key, value in line.items()})
+    whole_set = {dataset: published.classes_of(dataset) for _, dataset in runs}
     for (run, dataset), cells in runs.items():
         for metric in (
             name for name in METRICS if name in cells[0] and name in known.values.get(dataset, {})
@@ -505,7 +506,7 @@ def compare(rows: Sequence[Row] | Report, block: str = "cflow-paper") -> Compari
             printed = known.value(dataset, metric, "average")
             if printed is not None:
                 defined = {cell["class"]: cell[metric] for cell in cells if cell[metric] == cell[metric]}
-                whole = bool(defined) and published.classes_of(dataset) <= set(defined)
+                whole = bool(defined) and whole_set[dataset] <= set(defined)
                 value = sum(defined.values()) / len(defined) if whole else math.nan
                 closing.append({**fixed, "class": PRINTED, "published": printed, "ours": value})
     lines += sorted(closing, key=lambda line: line["class"] == PRINTED)
