@@ -74,7 +74,7 @@ def segment(
                 truth=truth,
                 scale=scale,
                 title=scored.sample.image.name,
-                score=float(scored.map.max()),
+                score=scale.label(float(scored.map.max())),
                 verdict="defect" if found else "good",
                 overlay_size=overlay_size,
             )
