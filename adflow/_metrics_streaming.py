@@ -223,9 +223,8 @@ class StreamingPixelMetrics:
 def _area(weight: Floats, before: Floats, after: Floats, limit: float) -> tuple[float, float]:
     """Return the summed area of weighted steps in [before, after], and how far it can be off."""
     area = ramp_area(before, after, limit)
-    most = np.maximum(limit - before, 0) - area
-    least = area - np.maximum(limit - after, 0)
-    return float(weight @ area), float(max(weight @ most, weight @ least))
+    most = np.maximum(limit - before, 0) - area  # never less than how far it can be too high
+    return float(weight @ area), float(weight @ most)
 
 
 def _average_precision(
