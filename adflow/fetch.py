@@ -33,6 +33,8 @@ from adflow.zoo import File, Source, home
 
 Progress = Callable[[int, int, str], None]
 _CHUNK = 1 << 18
+# What else, beside its own errors, huggingface-hub raises for trouble on the line.
+_TROUBLE = (OSError, ValueError, RuntimeError)
 # These pass by themselves; every other 4xx does not, and the next source is tried at once.
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 
@@ -127,14 +129,15 @@ def _download(file: File, cache: Path, patience: Patience, progress: Progress | 
     reasons = []
     for source in file.sources:
         where = f"hub {source.hub}" if source.hub else urllib.parse.urlsplit(source.url or "").netloc
-        # A part may mix two versions of a file: a wrong hash after going on deserves one try from the start.
-        for again in (bool(_store.length(part)), False):
+        # Pieces may be of two versions of the file: a wrong hash then deserves one try from the start.
+        for last in (False, True):
+            pieced = False
             try:
                 if source.hub:
                     promised = _from_hub(source, part, sha256)
                 else:
                     promised = None
-                    _get(source.url or "", part, file.bytes, sha256 is not None, patience, progress)
+                    pieced = _get(source.url or "", part, file.bytes, sha256 is not None, patience, progress)
                 found, wrong = _store.fault(part, file, sha256 or promised)
             except _SourceError as error:
                 reasons.append(f"{where}: {error}")
@@ -147,7 +150,7 @@ def _download(file: File, cache: Path, patience: Patience, progress: Progress | 
                 return _store.keep(part, file, found, str(source), cache)
             shutil.rmtree(part.parent, ignore_errors=True)
             _store.partial(file, cache)
-            if not again:
+            if last or not pieced:
                 reasons.append(f"{where}: {wrong}; deleted")
                 break
     here = _store.length(part)
@@ -179,7 +182,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 def _get(
     url: str, part: Path, size: int | None, same: bool, patience: Patience, progress: Progress | None
-) -> None:
+) -> bool:
     """Bring ``part`` up to the whole content of ``url``, starting after the bytes it already holds.
 
     Args:
@@ -189,12 +192,16 @@ def _get(
         same: every source holds the same bytes (the hash is known), so a part begun elsewhere may go on here.
         patience: how long to try.
         progress: called with (bytes here, bytes in all or 0, file name).
+
+    Returns:
+        Whether the content was put together from more than one answer.
     """
     fruitless = 0
     while True:
         before = _store.length(part)
         try:
-            return _request(url, part, size, same, patience.timeout, progress)
+            _request(url, part, size, same, patience.timeout, progress)
+            return before > 0
         except _SourceError as error:
             if error.gone:
                 raise
@@ -326,7 +333,7 @@ def _hub(what: str) -> Iterator[Any]:
         raise _SourceError("the hub cannot be reached") from error
     except errors.EntryNotFoundError as error:
         raise _SourceError(f"{what}: no such file") from error
-    except (errors.HfHubHTTPError, getattr(errors, "HTTPError", OSError), OSError, ValueError) as error:
+    except (errors.HfHubHTTPError, getattr(errors, "HTTPError", OSError), *_TROUBLE) as error:
         raise _SourceError(f"{what}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     finally:
         if bars:

@@ -50,6 +50,7 @@ __all__ = [
     "Source",
     "Zoo",
     "data_folder",
+    "decode",
     "home",
     "load",
     "shipped",

@@ -117,7 +117,7 @@ def read(
     notes = [
         f"our own split by patient (seed {seed}): {len(patients) - count} to fit on, {count} to test on",
         f"{total} slices: {len(train)} to fit on; {len(test) - bad} good and {bad} with tumour to test on; "
-        f"left out: {empty} with nearly no brain, {near} near a tumour, and the tumours of patients to fit on",
+        f"left out: {empty} with nearly no brain, {near} near a tumour, tumours of patients to fit on",
     ]
     ordered = sorted(test, key=lambda sample: (sample.label, sample.image))
     return Dataset("lgg-mri/brain", "lgg-mri", class_, folder, train, ordered, notes)
