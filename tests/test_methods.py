@@ -131,9 +131,9 @@ def test_energies_are_non_negative_and_roughly_calibrated(fitted: dict[str, Dete
     with_null = [name for name in NAMES if methods.get(name).has_null]
     assert with_null, "no method has a null model"
     for name in with_null:
-        for energy in fitted[name].energies(good_images(12)):
+        for energy in fitted[name].energies(good_images(12, seed=7)):
             assert (energy.chi2 >= 0).all() and torch.isfinite(energy.chi2).all(), name
-            # On the images it was fitted on the mean energy is about its degrees of freedom: an order of magnitude.
+            # On new good images (a memory knows its own) the mean is about the degrees: an order of magnitude.
             assert 0.1 < float(energy.chi2.mean()) / energy.dof < 10, name
 
 
@@ -183,7 +183,17 @@ def test_layers_import_only_downwards() -> None:
         own = file.relative_to(root).parts[0].removesuffix(".py")
         if own not in rank:
             continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        # Names needed for annotations only, and the registry's name of a method, do not load anything.
+        typing_only = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if id(node) in typing_only:
+                continue
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("adflow"):
                 parts = node.module.split(".")
                 targets = [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]

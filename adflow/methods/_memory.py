@@ -54,7 +54,7 @@ def parse_bytes(value: str | int | None) -> int | None:
     unit = _BINARY[found[2]] if found[3] else _UNITS[found[2]]
     size = int(float(found[1]) * unit)
     if size <= 0:
-        raise UsageError(f"memory limit is {value!r}, expected more than 0 bytes")
+        raise UsageError(f"memory limit is {value!r}, expected more than nothing, such as 2GiB")
     return size
 
 
@@ -273,7 +273,8 @@ def start_from_all(rows: Tensor) -> Tensor:
 def greedy_coreset(rows: Tensor, size: int, start: Tensor) -> Tensor:
     """Choose ``size`` rows that leave no other row far away: greedy k-centre, farthest point first.
 
-    (Gonzalez, Clustering to minimize the maximum intercluster distance, 1985: at most twice the best radius;
+    (Gonzalez, Clustering to minimize the maximum intercluster distance, 1985: at most twice the best radius
+    when ``start`` is nowhere less than a distance between rows, as that of :func:`start_from_all`;
     PatchCore, Roth et al., CVPR 2022, arXiv:2106.08265, algorithm 1.)
 
     The picks are those of the textbook loop, one matrix-vector product over all N rows per pick, but that

@@ -17,30 +17,14 @@ import torch
 from torch import Tensor
 
 from adflow.detector import Energy, FeatureDetector, ImageSource, Progress, Resources
-from adflow.errors import InputError, UsageError
-from adflow.methods._memory import (
-    common_grid,
-    concatenate,
-    in_units,
-    keep_within,
-    parse_bytes,
-    pyramid_shapes,
-)
-from adflow.methods._whiten import (
-    Moments,
-    chi_square_fit,
-    inverse_factor,
-    leave_one_out,
-    mahalanobis,
-    shrink,
-    whitening,
-)
+from adflow.errors import UsageError
+from adflow.methods._gaussian import WORK, PositionGaussians
+from adflow.methods._memory import common_grid, concatenate, keep_within, parse_bytes, pyramid_shapes
+from adflow.methods._whiten import chi_square_fit, leave_one_out
 
 if TYPE_CHECKING:
     from adflow.backbones import Backbone
     from adflow.features import FeatureBank
-
-_WORK = 256 << 20  # bytes of float64 statistics held at once when no limit is set
 
 
 class PaDiM(FeatureDetector):
@@ -119,11 +103,6 @@ class PaDiM(FeatureDetector):
     }
 
     channels_: Tensor
-    mean_: Tensor
-    inverse_: Tensor
-    log_det_: Tensor
-    basis_: Tensor
-    tail_: Tensor
     scale_: Tensor
     dof_: Tensor
 
@@ -160,38 +139,24 @@ class PaDiM(FeatureDetector):
         self.rank = None if rank is None else int(rank)
         self.max_memory = max_memory
 
-    # --- sizes ----------------------------------------------------------------------------------------------
+    def needs(self, channels: list[int], grids: list[tuple[int, int]]) -> int:
+        """Return the bytes a fit takes at least beside the features: the model, and work for one position."""
+        positions = math.prod(common_grid(grids, self.grid))
+        return PositionGaussians.needs(positions, self._width(channels), self.rank)
 
     def _width(self, channels: list[int]) -> int:
         return min(self.channels or sum(channels), sum(channels))
 
-    def _kept(self, width: int) -> int:
-        """Rows of the matrix a position keeps."""
-        return width if self.rank is None else min(self.rank, width)
-
-    def needs(self, channels: list[int], grids: list[tuple[int, int]]) -> int:
-        """Return the bytes a fit takes at least: the model, and float64 work for one position."""
-        height, width = common_grid(grids, self.grid)
-        d = self._width(channels)
-        return 4 * height * width * d * (self._kept(d) + 2) + self._work_per_position(d) + 4 * 8 * d * d
-
-    @staticmethod
-    def _work_per_position(d: int) -> int:
-        # Scatter, covariance, its factor, the inverse, and room for two products.
-        return 6 * 8 * d * d
-
-    def _check_memory(self, channels: list[int], grids: list[tuple[int, int]], features: int = 0) -> None:
+    def _check_memory(self, channels: list[int], grids: list[tuple[int, int]]) -> None:
         need = self.needs(channels, grids)
         positions = math.prod(common_grid(grids, self.grid))
         keep_within(
             parse_bytes(self.max_memory),
-            need + features,
+            need,
             f"PaDiM with {self._width(channels)} channels at {positions} positions",
-            f"The model alone takes {in_units(need)}: use a smaller size, fewer channels "
-            "(--set channels=100), a coarser grid (--set grid=coarsest) or a low rank (--set rank=32).",
+            "Use a smaller size, fewer channels (--set channels=100), a coarser grid (--set grid=coarsest) "
+            "or a low rank (--set rank=32).",
         )
-
-    # --- fit ------------------------------------------------------------------------------------------------
 
     def fit(
         self,
@@ -228,33 +193,13 @@ class PaDiM(FeatureDetector):
         if d < total:
             drawn = random.Random(generator.initial_seed()).sample(drawn, d)
         self.register_buffer("channels_", torch.tensor(drawn))
-        self.register_buffer("mean_", torch.zeros(positions, d))
-        self.register_buffer("inverse_", torch.zeros(positions, self._kept(d), d))
-        self.register_buffer("log_det_", torch.zeros(positions))
-        low = self._kept(d) < d
-        self.register_buffer("basis_", torch.eye(d) if low else torch.zeros(0, 0))
-        self.register_buffer("tail_", torch.ones(positions if low else 0))
+        self.gaussians = PositionGaussians(positions, d, self.rank)
         self.register_buffer("scale_", torch.ones(positions))
         self.register_buffer("dof_", torch.tensor(float(d)))
 
     def vectors(self, pyramid: list[Tensor]) -> Tensor:
         """Return the model's vectors [B, P, d] of a pyramid."""
         return concatenate(pyramid, self.grid_).flatten(2).transpose(1, 2)[:, :, self.channels_]
-
-    def statistics(self, bank: FeatureBank, positions: slice = slice(None)) -> Moments:
-        """Return the moments at some positions; those of parts of the data can be merged (Moments.merge)."""
-        moments: Moments | None = None
-        for vectors in self._batches(bank):
-            part = vectors[:, positions]
-            moments = moments or Moments(part.shape[1], part.shape[2])
-            moments.add(part)
-        if moments is None:
-            raise InputError("there is no image to fit on, expected at least 2")
-        return moments
-
-    def _batches(self, bank: FeatureBank) -> Iterator[Tensor]:
-        for pyramid in bank.batches(32):
-            yield self.vectors(pyramid)
 
     def fit_features(
         self,
@@ -264,91 +209,31 @@ class PaDiM(FeatureDetector):
         progress: Progress | None = None,
         checkpoint: Path | None = None,
     ) -> None:
-        """Learn the Gaussians, as many positions at a time as memory allows."""
-        positions, d = self.mean_.shape
-        basis = self._basis(bank)
-        per_position = self._work_per_position(d)
-        step = max(1, min(positions, self._work(per_position) // per_position))
-        for start in range(0, positions, step):
-            part = slice(start, min(start + step, positions))
-            self.learn(self.statistics(bank, part), basis, part)
-            if progress:
-                progress(part.stop, positions, "position Gaussians")
-        self._calibrate(bank)
+        """Learn the Gaussians, and how the distances of normal images that are left out are spread."""
 
-    def _work(self, least: int) -> int:
-        """Return the bytes for float64 statistics; learned tensors are already there."""
+        def batches() -> Iterator[Tensor]:
+            for pyramid in bank.batches(32):
+                yield self.vectors(pyramid)
+
         limit = parse_bytes(self.max_memory)
-        if limit is None:
-            return max(_WORK, least)
-        return max(least, min(_WORK, limit // 8))
-
-    def _basis(self, bank: FeatureBank) -> Tensor:
-        """Return the matrix [d, d] float64 that vectors are multiplied with before a Gaussian is fitted."""
-        d = self.mean_.shape[1]
-        if not self.whiten:
-            return torch.eye(d, dtype=torch.float64)
-        moments = Moments(1, d)
-        for vectors in self._batches(bank):
-            moments.add(vectors.reshape(-1, 1, d))
-        return whitening(moments, self.ridge).matrix()
-
-    def learn(self, moments: Moments, basis: Tensor, positions: slice = slice(None)) -> None:
-        """Turn moments into the model at ``positions``.
-
-        Args:
-            moments: of the vectors at these positions, float64.
-            basis: [d, d] float64; identity unless whitened.
-            positions: which.
-        """
-        covariance = basis.T @ moments.covariance() @ basis  # [P, d, d]
-        if self.whiten:
-            covariance = shrink(covariance, self.shrinkage)
-        else:
-            covariance.diagonal(dim1=1, dim2=2).add_(self.ridge)
-        self.mean_[positions] = moments.mean.float()
-        if self.tail_.numel():
-            values, axes = torch.linalg.eigh(covariance)  # ascending
-            kept = self._kept(values.shape[1])
-            tail = values[:, :-kept].mean(dim=1, keepdim=True)
-            top = values[:, -kept:]
-            # |x|^2 / tail - sum (1/tail - 1/value)(axis . x)^2 = Mahalanobis distance, one product with
-            # [rank, d].
-            weights = (1 / tail - 1 / top).clamp(min=0).sqrt()
-            self.inverse_[positions] = (axes[:, :, -kept:] * weights.unsqueeze(1)).transpose(1, 2).float()
-            self.tail_[positions] = tail.squeeze(1).float()
-            self.basis_.copy_(basis)
-            spread = top.log().sum(dim=1) + (values.shape[1] - kept) * tail.squeeze(1).log()
-        else:
-            inverse, spread = inverse_factor(covariance)
-            # |A W^T (x - m)|: the basis goes into the factor, so that scoring is one product a position.
-            self.inverse_[positions] = (inverse @ basis.T).float()
-        self.log_det_[positions] = spread.float()
-
-    def _calibrate(self, bank: FeatureBank) -> None:
-        """Measure, leaving each image out, how the squared distances of normal images are distributed."""
-        distances = torch.cat([self.squared(vectors) for vectors in self._batches(bank)])
-        weight = 1 - self.shrinkage
-        scale, dof = chi_square_fit(leave_one_out(distances, len(distances), weight))
+        self.gaussians.fit(
+            batches,
+            whiten=self.whiten,
+            ridge=self.ridge,
+            shrinkage=self.shrinkage,
+            work=WORK if limit is None else min(WORK, limit // 8),
+            progress=progress,
+        )
+        distances = torch.cat([self.gaussians(vectors) for vectors in batches()])
+        scale, dof = chi_square_fit(leave_one_out(distances, len(distances), 1 - self.shrinkage))
         self.scale_.copy_(scale)
         self.dof_.fill_(dof)
 
-    # --- score ----------------------------------------------------------------------------------------------
-
-    def squared(self, vectors: Tensor) -> Tensor:
-        """Return squared Mahalanobis distances [B, P] of vectors [B, P, d]."""
-        if not self.tail_.numel():
-            return mahalanobis(vectors, self.mean_, self.inverse_)
-        centred = (vectors - self.mean_) @ self.basis_
-        whole = centred.square().sum(dim=2) / self.tail_
-        along = mahalanobis(centred, torch.zeros_like(self.mean_), self.inverse_)
-        return (whole - along).clamp(min=0)
-
     def score_features(self, pyramid: list[Tensor]) -> Tensor:
         """Return the map [B, h, w]: deviations, or with ``log_det`` twice the nats per channel."""
-        distances = self.squared(self.vectors(pyramid))
-        d = self.mean_.shape[1]
-        scores = (distances + self.log_det_) / d if self.log_det else distances.sqrt()
+        distances: Tensor = self.gaussians(self.vectors(pyramid))
+        d = len(self.channels_)
+        scores = (distances + self.gaussians.log_det_) / d if self.log_det else distances.sqrt()
         return scores.reshape(-1, *self.grid_)
 
     def energy_features(self, pyramid: list[Tensor]) -> list[Energy]:
@@ -357,5 +242,5 @@ class PaDiM(FeatureDetector):
         Under the model they are chi-square with d degrees; with finitely many images and real features they
         are not, so scale and degrees are measured in ``fit``. The tails are the model's, not measured.
         """
-        energies = self.squared(self.vectors(pyramid)) * self.scale_
+        energies = self.gaussians(self.vectors(pyramid)) * self.scale_
         return [Energy(energies.reshape(-1, *self.grid_), float(self.dof_))]

@@ -1,0 +1,150 @@
+"""A Gaussian at every position of a grid: fitted from streamed batches, scored by one product a position.
+
+Used by PaDiM and by our own method. See ``_whiten`` for the statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from adflow.errors import InputError
+from adflow.methods._whiten import Moments, Whitening, inverse_factor, mahalanobis, shrink, whitening
+
+Batches = Callable[[], Iterable[Tensor]]
+"""Called for every pass over the training data; yields vectors [n, P, d]."""
+
+WORK = 256 << 20  # bytes of float64 statistics held at once when no limit is set
+
+
+class PositionGaussians(nn.Module):
+    """Mean and covariance of vectors [n, P, d] at each of P positions, ready for Mahalanobis distances.
+
+    Args:
+        positions: P.
+        width: d.
+        rank: keep that many principal axes a position, and one variance for all others (probabilistic
+            PCA, Tipping &
+            Bishop, 1999): d / rank times less memory and time. None = the full covariance.
+    """
+
+    mean_: Tensor
+    inverse_: Tensor
+    log_det_: Tensor
+    basis_: Tensor
+    tail_: Tensor
+
+    def __init__(self, positions: int, width: int, rank: int | None = None) -> None:
+        super().__init__()
+        self.rank = None if rank is None or rank >= width else rank
+        kept = self.rank or width
+        side = width if self.rank else 0
+        self.register_buffer("mean_", torch.zeros(positions, width))
+        self.register_buffer("inverse_", torch.zeros(positions, kept, width))
+        self.register_buffer("log_det_", torch.zeros(positions))
+        self.register_buffer("basis_", torch.zeros(side, side))
+        self.register_buffer("tail_", torch.ones(positions if self.rank else 0))
+
+    @staticmethod
+    def needs(positions: int, width: int, rank: int | None = None) -> int:
+        """Return the bytes a fit takes at least: what is learned, and float64 work for one position."""
+        kept = min(rank or width, width)
+        return 4 * positions * width * (kept + 2) + PositionGaussians._work(width) + 4 * 8 * width * width
+
+    @staticmethod
+    def _work(width: int) -> int:
+        # Scatter, covariance, its factor, the inverse, and room for two products.
+        return 6 * 8 * width * width
+
+    def fit(
+        self,
+        batches: Batches,
+        *,
+        whiten: bool,
+        ridge: float,
+        shrinkage: float = 0.0,
+        work: int = WORK,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> Whitening | None:
+        """Learn all positions, as many at a time as ``work`` bytes of statistics allow (at least one).
+
+        Args:
+            batches: the training vectors, any number of times.
+            whiten: model in the whitened space of all vectors of all positions.
+            ridge: added to the covariances' diagonal; with ``whiten`` to the eigenvalues of the global
+                correlation.
+            shrinkage: weight of the identity in whitened space.
+            work: bytes.
+            progress: called with (positions done, positions, what).
+
+        Returns:
+            The whitening, when there is one.
+
+        Raises:
+            InputError: fewer than two images, or features that are not finite.
+        """
+        positions, width = self.mean_.shape
+        white = None
+        if whiten:
+            moments = Moments(1, width)
+            for vectors in batches():
+                moments.add(vectors.reshape(-1, 1, width))
+            white = whitening(moments, ridge)
+        step = max(1, min(positions, work // self._work(width)))
+        for start in range(0, positions, step):
+            part = slice(start, min(start + step, positions))
+            self.learn(self.statistics(batches, part), white, part, ridge=ridge, shrinkage=shrinkage)
+            if progress:
+                progress(part.stop, positions, "position Gaussians")
+        return white
+
+    @staticmethod
+    def statistics(batches: Batches, positions: slice = slice(None)) -> Moments:
+        """Return the moments at some positions; those of parts of the data can be merged (Moments.merge)."""
+        moments: Moments | None = None
+        for vectors in batches():
+            part = vectors[:, positions]
+            moments = moments or Moments(part.shape[1], part.shape[2])
+            moments.add(part)
+        if moments is None:
+            raise InputError("there is no image to fit on, expected at least 2")
+        return moments
+
+    def learn(
+        self, moments: Moments, white: Whitening | None, positions: slice, *, ridge: float, shrinkage: float
+    ) -> None:
+        """Turn the moments of some ``positions`` into the model there."""
+        covariance = moments.covariance()
+        if white is None:
+            basis = torch.eye(covariance.shape[-1], dtype=torch.float64)
+            covariance.diagonal(dim1=1, dim2=2).add_(ridge)
+        else:
+            basis = white.matrix()
+            covariance = shrink(basis.T @ covariance @ basis, shrinkage)
+        self.mean_[positions] = moments.mean.float()
+        if self.rank:
+            values, axes = torch.linalg.eigh(covariance)  # ascending
+            tail, top = values[:, : -self.rank].mean(dim=1, keepdim=True), values[:, -self.rank :]
+            # |x|^2 / tail - sum_j (1 / tail - 1 / value_j) (axis_j . x)^2: one product with [rank, d].
+            weights = (1 / tail - 1 / top).clamp(min=0).sqrt()
+            leading = axes[:, :, -self.rank :] * weights.unsqueeze(1)  # [P, d, rank]
+            self.inverse_[positions] = leading.transpose(1, 2).float()
+            self.tail_[positions] = tail.squeeze(1).float()
+            self.basis_.copy_(basis)
+            others = values.shape[1] - self.rank
+            spread = top.log().sum(dim=1) + others * tail.squeeze(1).log()
+        else:
+            inverse, spread = inverse_factor(covariance)
+            # |A W^T (x - m)|: the basis goes into the factor, so that scoring is one product a position.
+            self.inverse_[positions] = (inverse @ basis.T).float()
+        self.log_det_[positions] = spread.float()
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Return squared Mahalanobis distances [B, P] of vectors [B, P, d]."""
+        if not self.rank:
+            return mahalanobis(vectors, self.mean_, self.inverse_)
+        centred = (vectors - self.mean_) @ self.basis_
+        along = torch.bmm(self.inverse_, centred.permute(1, 2, 0)).square().sum(dim=1).T
+        return (centred.square().sum(dim=2) / self.tail_ - along).clamp(min=0)
