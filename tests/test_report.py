@@ -358,6 +358,17 @@ def test_pictures_are_bounded_in_number_size_and_bytes() -> None:
     assert names == [str(i) for i in range(len(found))]
 
 
+def test_all_pictures_together_keep_within_the_bytes_of_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adflow._page.PICTURE_BYTES", 60_000)
+    noise = np.random.default_rng(0).integers(0, 256, (100, 200, 3), dtype=np.uint8)
+    images = [ImageRecord(f"{i}", float(i), 1, None, Image.fromarray(noise)) for i in range(8)]
+    page = Report([row()]).html([Cell("mvtec", "screw", images, threshold=100.0)] * 3)
+    sizes = [len(data) * 3 / 4 for data in re.findall(r"base64,([^\"]+)", page)]
+    assert sum(sizes) <= 60_000 and len(sizes) >= 3
+    parts = [part.count("base64,") for part in page.split("<details ")[1:]]
+    assert len(parts) == 3 and min(parts) >= 1  # every cell gets its share
+
+
 def test_a_picture_may_be_a_file_or_bytes(tmp_path: Path) -> None:
     Image.new("RGBA", (10, 10)).save(tmp_path / "a.png")
     images = [
