@@ -11,6 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -125,9 +126,10 @@ class Detector(nn.Module, ABC):
     @classmethod
     def method(cls) -> str:
         """Return the name users type: the file the class lives in, or the entry point of its package."""
-        from adflow.methods import name_of
-
-        return name_of(cls.__module__)
+        for point in entry_points(group="adflow.methods"):
+            if point.value == cls.__module__:
+                return point.name
+        return cls.__module__.rpartition(".")[2]
 
     @classmethod
     def parameters_of(cls) -> dict[str, Any]:
@@ -378,9 +380,21 @@ class FeatureDetector(Detector):
             self.prepare(shapes.channels, shapes.grids, shapes.size, generator)
             self.fit_features(bank, generator=generator, progress=progress, checkpoint=checkpoint)
         self.eval()
-        for tensor in self.parameters():
-            tensor.requires_grad_(False)
+        self._settle()
         return self
+
+    def _settle(self) -> None:
+        """Freeze what was learned, laid out as a file would give it back.
+
+        A transposed view and its contiguous copy take different matrix kernels, which round differently: scores must
+        be the same bits before and after saving.
+        """
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        for owner in self.modules():
+            for name, buffer in owner.named_buffers(recurse=False):
+                if not buffer.is_contiguous():
+                    setattr(owner, name, buffer.contiguous())
 
     def _prepare(self, shapes: FeatureShapes, generator: torch.Generator) -> None:
         self.shapes = shapes

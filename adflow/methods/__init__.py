@@ -59,14 +59,6 @@ def get(name: str) -> type[Detector]:
     return found[0]
 
 
-def name_of(module: str) -> str:
-    """Return the name of the method that lives in ``module``; the inverse of :func:`get`."""
-    for point in entry_points(group=GROUP):
-        if point.value == module:
-            return point.name
-    return module.rpartition(".")[2]
-
-
 def build(
     name: str,
     *,
