@@ -205,7 +205,8 @@ def test_padim_of_the_paper_by_definition(tiny_backbone: Backbone) -> None:
 
 
 def test_padim_draws_by_seed(tiny_backbone: Backbone) -> None:
-    drawn = [fitted(PaDiM(tiny_backbone, channels=5), pyramid(), seed).channels_.tolist() for seed in (1, 1, 2)]
+    models = [fitted(PaDiM(tiny_backbone, channels=5), pyramid(), seed) for seed in (1, 1, 2)]
+    drawn = [model.channels_.tolist() for model in models]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -226,7 +227,8 @@ def test_patchcore_reweights_as_equation_7(tiny_backbone: Backbone) -> None:
         distances = torch.cdist(vectors[i].double(), weighted.bank_.double())
         least, match = distances.min(dim=1)
         top = int(least.argmax())
-        around = torch.cdist(weighted.bank_[match[top]][None], weighted.bank_)[0].topk(4, largest=False).indices
+        apart = torch.cdist(weighted.bank_[match[top]][None], weighted.bank_)[0]
+        around = apart.topk(4, largest=False).indices
         weight = 1 - float(least[top].exp() / distances[top, around].exp().sum())
         assert float(score) == pytest.approx(weight * float(least[top]), rel=1e-4)
     best = plain.score_images(test, torch.zeros(2, 8, 8), None)
@@ -259,7 +261,8 @@ def test_spade_by_definition(levels: str, kappa: int, tiny_backbone: Backbone) -
     np.testing.assert_allclose(scores, near.values.mean(dim=1), rtol=1e-4)
     if levels == "joined":
         queries, gallery = (
-            [torch.cat([f[0], f[1].repeat_interleave(2, 2).repeat_interleave(2, 3)], dim=1)] for f in (test, taps)
+            [torch.cat([f[0], f[1].repeat_interleave(2, 2).repeat_interleave(2, 3)], dim=1)]
+            for f in (test, taps)
         )
     else:
         queries, gallery = test[:-1], taps[:-1]
@@ -351,7 +354,9 @@ def test_a_limit_with_room_changes_nothing(make: Any, tiny_backbone: Backbone) -
         (Local, {"coreset": "many"}),
     ],
 )
-def test_what_cannot_be_is_a_clear_error(make: Any, settings: dict[str, Any], tiny_backbone: Backbone) -> None:
+def test_what_cannot_be_is_a_clear_error(
+    make: Any, settings: dict[str, Any], tiny_backbone: Backbone
+) -> None:
     with pytest.raises(UsageError):
         make(tiny_backbone, **settings)
 
