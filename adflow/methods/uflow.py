@@ -39,8 +39,8 @@ from adflow.errors import InputError, unknown
 from adflow.features import FeatureBank
 from adflow.flows import AllInOneBlock, PixelShuffle, conv_subnet, load_original
 from adflow.imaging import upsample
+from adflow.methods._spatial import NORMS, PositionWhitening, coupling_pass, normaliser
 from adflow.methods._train import train
-from adflow.methods._whiten import Moments, inverse_factor, shrink, whitening
 
 # Class: (epochs, batch size, learning rate) of the original's per-class configurations, published with its code
 # (https://github.com/mtailanian/uflow). The odd digits suggest a search; on which data is not said.
@@ -62,7 +62,6 @@ PAPER_CLASSES: dict[str, tuple[int, int, float]] = {
     "zipper": (200, 24, 4.55246818236177e-05),
 }
 SCORES = ("likelihood", "density")
-NORMS = ("none", "layer", "affine", "position")
 
 
 class UFlow(FeatureDetector):
@@ -158,7 +157,7 @@ class UFlow(FeatureDetector):
     ) -> None:
         """Build the graph for these shapes."""
         self.scales = _scales(channels, grids)
-        self.normalise = nn.ModuleList(_normaliser(self.norm, width, grid) for width, grid, _ in self.scales)
+        self.normalise = nn.ModuleList(normaliser(self.norm, width, grid) for width, grid, _ in self.scales)
         self.flow = u_graph(
             [(width, *grid) for width, grid, _ in self.scales],
             flow_steps=self.flow_steps,
@@ -203,12 +202,8 @@ class UFlow(FeatureDetector):
             layer = self.normalise[level]
             if isinstance(layer, PositionWhitening):
                 logdet = logdet + layer.position_logdet()
-            for block in blocks[stage * self.flow_steps : (stage + 1) * self.flow_steps]:
-                kept, changed = torch.split(h, [block.kept, block.changed], 1)
-                s, t = block.coefficients(kept, ())
-                scale = block.scale()
-                h = block.mix(torch.cat([kept, changed * s.exp() + t], 1) * scale + block.global_offset)
-                logdet = logdet + s.sum(1) + scale.log().sum()
+            h, gained = coupling_pass(blocks[stage * self.flow_steps : (stage + 1) * self.flow_steps], h)
+            logdet = logdet + gained
             if level:
                 moving = _moving(h.shape[1])
                 up, z = h[:, :moving], h[:, moving:]
@@ -229,7 +224,7 @@ class UFlow(FeatureDetector):
         """Whiten, then train the flow by maximum likelihood."""
         for level, layer in enumerate(self.normalise):
             if isinstance(layer, PositionWhitening):
-                layer.learn(lambda level=level: (self.inputs(p)[level] for p in bank.batches(32)), self.shrinkage)
+                layer.learn((self.inputs(p)[level] for p in bank.batches(32)), self.shrinkage)
         per_epoch = max(1, len(bank) // self.batch)
         entries = sum(width * grid[0] * grid[1] for width, grid, _ in self.scales)
 
@@ -367,65 +362,3 @@ def load_graph(flow: GraphINN, state: dict[str, Tensor], prefix: str = "model.fl
         )
     for block, number in zip(blocks, numbers, strict=True):
         load_original(block, state, prefix=f"{prefix}{number}.")
-
-
-class PositionWhitening(nn.Module):
-    """Fixed affine map per position, z = A_p (x - m_p), from the Gaussian of the training features there.
-
-    Its log-determinant is that of the matrices A_p; ``learn`` sets them.
-    """
-
-    def __init__(self, channels: int, grid: tuple[int, int]) -> None:
-        super().__init__()
-        positions = grid[0] * grid[1]
-        self.grid = grid
-        self.mean: Tensor
-        self.factor: Tensor
-        self.log_scale: Tensor
-        self.register_buffer("mean", torch.zeros(positions, channels))
-        self.register_buffer("factor", torch.eye(channels).repeat(positions, 1, 1))
-        self.register_buffer("log_scale", torch.zeros(positions))
-
-    @property
-    def logdet(self) -> Tensor:
-        """Return the log-determinant of one image, a scalar."""
-        return self.log_scale.sum()
-
-    def position_logdet(self) -> Tensor:
-        """Return the log-determinant [h, w] at each position."""
-        return self.log_scale.reshape(self.grid)
-
-    def learn(self, passes: Any, shrinkage: float) -> None:
-        """Learn from ``passes()``, an iterator of batches [B, C, h, w] that can be had twice."""
-        everywhere: Moments | None = None
-        here: Moments | None = None
-        for batch in passes():
-            rows = batch.permute(0, 2, 3, 1).flatten(1, 2)  # [B, P, C]
-            if everywhere is None or here is None:
-                everywhere, here = Moments(1, rows.shape[2]), Moments(rows.shape[1], rows.shape[2])
-            everywhere.add(rows.reshape(-1, 1, rows.shape[2]))
-            here.add(rows)
-        if everywhere is None or here is None:
-            raise InputError("there is no feature to learn from")
-        whole = whitening(everywhere)
-        # x - m_p in whitened space, with the covariance there shrunk to the identity: (1 - l) Cov_p + l I.
-        matrix = whole.matrix()
-        covariance = matrix.T @ here.covariance() @ matrix
-        inverse, log_cov = inverse_factor(shrink(covariance, shrinkage))
-        factor = inverse @ matrix.T
-        self.mean = here.mean.float()
-        self.factor = factor.float()
-        self.log_scale = (-0.5 * log_cov + torch.linalg.slogdet(matrix).logabsdet).float()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, C, h, w] to whitened [B, C, h, w]."""
-        rows = x.flatten(2).permute(2, 1, 0) - self.mean.unsqueeze(2)  # [P, C, B]
-        return torch.bmm(self.factor, rows).permute(2, 1, 0).reshape(x.shape)
-
-
-def _normaliser(norm: str, channels: int, grid: tuple[int, int]) -> nn.Module:
-    if norm == "position":
-        return PositionWhitening(channels, grid)
-    if norm == "none":
-        return nn.Identity()
-    return nn.LayerNorm([channels, *grid], elementwise_affine=norm == "affine")
