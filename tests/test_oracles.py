@@ -238,7 +238,7 @@ def test_padim_is_the_repositorys(tiny_backbone: Any) -> None:
     detector.fit_features(train, generator=generator)
     mean = detector.gaussians.mean_.T.numpy()
     inverse = detector.gaussians.inverse_.double()
-    covariance = torch.linalg.inv(inverse.transpose(1, 2) @ inverse).permute(1, 2, 0).numpy()
+    covariance = torch.linalg.inv(inverse @ inverse.transpose(1, 2)).permute(1, 2, 0).numpy()
     # Both sides round means and inverse factors to float32.
     np.testing.assert_allclose(mean, arrays["mean"], rtol=1e-5, atol=1e-6)
     expected = arrays["cov_plus_001I"]
@@ -401,3 +401,118 @@ def test_patchcore_chooses_and_scores_as_the_official_code(case: str, tiny_backb
     detector.patch_score, detector.margin, detector.size = True, 0.0, size
     images = detector.score_images(features.levels, maps, None)
     np.testing.assert_allclose(images.numpy(), arrays["image_score"], rtol=1e-5, atol=1e-6 * scale)
+
+
+# ---- nfa_tree*.npz, nfa_ntests.npz, nfa_block.npz: a contrario detection ----------------------------------
+TREES = sorted(
+    (path.stem, case)
+    for path in (FOLDER.glob("nfa_tree*.npz") if FOLDER.exists() else [])
+    for case in {key.split("_")[0] for key in np.load(path).files}
+) or [("nfa_tree", "c00")]
+
+
+def scales_of(arrays: dict[str, np.ndarray], prefix: str) -> list[np.ndarray]:
+    """Return prefix0, prefix1, ... in order."""
+    return [arrays[f"{prefix}{i}"] for i in range(len(arrays)) if f"{prefix}{i}" in arrays]
+
+
+def collided(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Return the pixels the original lost because two of its clusters have the same key.
+
+    The original keeps final clusters in a dictionary keyed by their float32 log P, so of two clusters with equal
+    values one vanishes. Such a pixel is one we paint and it does not, with a value that it does paint elsewhere in
+    the same image, to the last digits of float32.
+    """
+    lost = np.isnan(expected) & ~np.isnan(found)
+    for b, image in enumerate(lost):
+        kept = expected[b][~np.isnan(expected[b])].astype(np.float64)
+        for value in found[b][image]:
+            assert (np.abs(kept - value) <= 1e-6 * max(1, abs(value))).any(), "not in the original"
+    return lost
+
+
+@pytest.mark.parametrize(("file", "case"), TREES)
+def test_nfa_tree_finds_the_originals_clusters(file: str, case: str) -> None:
+    from adflow import nfa
+
+    arrays = oracle(file)
+    energies = nfa.latent_energies(scales_of(arrays, f"{case}_z"))
+    level, area = scales_of(arrays, f"{case}_r"), scales_of(arrays, f"{case}_area")
+    for i, (chi2, dof) in enumerate(energies):
+        expected = arrays[f"{case}_logp{i}"].astype(np.float64)
+        found = nfa.clusters(chi2, dof, bound="reference")
+        lost = collided(expected, found.log10_p)
+        np.testing.assert_array_equal(np.isnan(expected) & ~lost, np.isnan(found.log10_p))
+        kept = ~np.isnan(expected)
+        # 1e-5: ten times the float32 rounding of the original; levels likewise.
+        np.testing.assert_allclose(found.log10_p[kept], expected[kept], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found.level[kept], level[i][kept], rtol=2e-6, atol=1e-6)
+        np.testing.assert_array_equal(found.area[kept], area[i][kept])
+        guarded = np.nan_to_num(nfa.clusters(chi2, dof).log10_p)
+        expected = np.nan_to_num(arrays[f"{case}_logp_guarded{i}"].astype(np.float64))
+        # The guarded original loses clusters in the same way; among those of value 0 that makes no difference.
+        same = np.abs(guarded - expected) <= 1e-5 * np.maximum(1, np.abs(expected))
+        assert (same | ((expected == 0) & np.isin(guarded, guarded[same]) | lost)).all()
+
+
+@pytest.mark.parametrize(("file", "case"), TREES)
+def test_nfa_tree_gives_the_originals_scores(file: str, case: str) -> None:
+    from adflow import nfa
+
+    arrays = oracle(file)
+    energies = nfa.latent_energies(scales_of(arrays, f"{case}_z"))
+    collisions = any(
+        collided(arrays[f"{case}_logp{i}"], nfa.clusters(chi2, dof, bound="reference").log10_p).any()
+        for i, (chi2, dof) in enumerate(energies)
+    )
+    for key, bound in (("score", "reference"), ("score_guarded", "one-sided")):
+        expected = arrays[f"{case}_{key}"][:, 0].astype(np.float64)
+        found = nfa.tree(energies, expected.shape[-2:], bound=bound)
+        # atol: the original rounds the number of tests and every map to float32.
+        tolerance = 1e-2 + 1e-5 * np.abs(expected)
+        if collisions:
+            # What the original lost can only be missing evidence; it detects nothing that we do not.
+            assert (found >= expected - tolerance).all()
+        else:
+            assert (np.abs(found - expected) <= tolerance).all()
+            np.testing.assert_array_equal(found > 0, expected > 0)
+
+
+def test_nfa_number_of_tests_is_the_originals() -> None:
+    from adflow import nfa
+
+    arrays = oracle("nfa_ntests")
+    for sizes, expected in zip(arrays["sizes"], arrays["log10_ntests"], strict=True):
+        # The original casts to float32: half a unit in the last place.
+        found = nfa.log10_tests(tuple(int(n) for n in sizes if n))
+        assert found == pytest.approx(expected, rel=1.2e-7, abs=1e-7)
+
+
+BLOCKS = (
+    sorted({key.split("_")[0] for key in np.load(FOLDER / "nfa_block.npz").files})
+    if (FOLDER / "nfa_block.npz").exists()
+    else ["b0"]
+)
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+@pytest.mark.parametrize("precision", ["low", "high"])
+def test_nfa_block_is_the_originals(case: str, precision: str) -> None:
+    from adflow import nfa
+
+    arrays = oracle("nfa_block")
+    if f"{case}_score_{precision}" not in arrays:
+        pytest.skip(f"{case} was not run in {precision} precision: the original takes seconds per map")
+    latents = scales_of(arrays, f"{case}_z")
+    for scale, z in enumerate(latents):
+        expected = arrays[f"{case}_logp_{precision}{scale}"][:, 0]
+        found = nfa.block_log_probability(z, scale, precision)
+        finite = np.isfinite(expected)
+        tolerance = 1e-12 if precision == "low" else 1e-9  # a table look-up; a quadrature
+        np.testing.assert_allclose(found[finite], expected[finite], rtol=0, atol=tolerance)
+        # Where all entries of a window are extreme the original has -inf; we keep the lowest finite value.
+        assert (found[~finite] <= found[finite].min()).all() and np.isfinite(found).all()
+    expected = arrays[f"{case}_score_{precision}"][:, 0]
+    found = nfa.block(latents, expected.shape[-2:], precision=precision)
+    finite = np.isfinite(expected)
+    np.testing.assert_allclose(found[finite], expected[finite], rtol=0, atol=1e-9)

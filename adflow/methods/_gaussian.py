@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adflow.errors import InputError
-from adflow.methods._whiten import Moments, Whitening, inverse_factor, mahalanobis, shrink, whitening
+from adflow.methods._whiten import Moments, Whitening, inverse_factor, shrink, whitening
 
 Batches = Callable[[], Iterable[Tensor]]
 """Called for every pass over the training data; yields vectors [n, P, d]."""
@@ -21,6 +21,8 @@ WORK = 256 << 20  # bytes of float64 statistics held at once when no limit is se
 
 class PositionGaussians(nn.Module):
     """Mean and covariance of vectors [n, P, d] at each of P positions, ready for Mahalanobis distances.
+
+    ``inverse_`` [P, d, d or rank] is the factor transposed: |(x - mean) @ inverse_|^2 is the squared distance.
 
     Args:
         positions: P.
@@ -42,7 +44,7 @@ class PositionGaussians(nn.Module):
         kept = self.rank or width
         side = width if self.rank else 0
         self.register_buffer("mean_", torch.zeros(positions, width))
-        self.register_buffer("inverse_", torch.zeros(positions, kept, width))
+        self.register_buffer("inverse_", torch.zeros(positions, width, kept))
         self.register_buffer("log_det_", torch.zeros(positions))
         self.register_buffer("basis_", torch.zeros(side, side))
         self.register_buffer("tail_", torch.ones(positions if self.rank else 0))
@@ -127,10 +129,10 @@ class PositionGaussians(nn.Module):
         if self.rank:
             values, axes = torch.linalg.eigh(covariance)  # ascending
             tail, top = values[:, : -self.rank].mean(dim=1, keepdim=True), values[:, -self.rank :]
-            # |x|^2 / tail - sum_j (1 / tail - 1 / value_j) (axis_j . x)^2: one product with [rank, d].
+            # |x|^2 / tail - sum_j (1 / tail - 1 / value_j) (axis_j . x)^2: one product with [d, rank].
             weights = (1 / tail - 1 / top).clamp(min=0).sqrt()
             leading = axes[:, :, -self.rank :] * weights.unsqueeze(1)  # [P, d, rank]
-            self.inverse_[positions] = leading.transpose(1, 2).float()
+            self.inverse_[positions] = leading.float()
             self.tail_[positions] = tail.squeeze(1).float()
             self.basis_.copy_(basis)
             others = values.shape[1] - self.rank
@@ -138,13 +140,14 @@ class PositionGaussians(nn.Module):
         else:
             inverse, spread = inverse_factor(covariance)
             # |A W^T (x - m)|: the basis goes into the factor, so that scoring is one product a position.
-            self.inverse_[positions] = (inverse @ basis.T).float()
+            self.inverse_[positions] = (inverse @ basis.T).transpose(1, 2).float()
         self.log_det_[positions] = spread.float()
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Return squared Mahalanobis distances [B, P] of vectors [B, P, d]."""
-        if not self.rank:
-            return mahalanobis(vectors, self.mean_, self.inverse_)
-        centred = (vectors - self.mean_) @ self.basis_
-        along = torch.bmm(self.inverse_, centred.permute(1, 2, 0)).square().sum(dim=1).T
-        return (centred.square().sum(dim=2) / self.tail_ - along).clamp(min=0)
+        centred = vectors - self.mean_
+        if self.rank:
+            centred = centred @ self.basis_
+        # Row vector times matrix: the matrices are read from memory once and in order.
+        along = torch.bmm(centred.transpose(0, 1), self.inverse_).square().sum(dim=2).T  # [B, P]
+        return (centred.square().sum(dim=2) / self.tail_ - along).clamp(min=0) if self.rank else along

@@ -199,7 +199,9 @@ class PaDiM(FeatureDetector):
 
     def vectors(self, pyramid: list[Tensor]) -> Tensor:
         """Return the model's vectors [B, P, d] of a pyramid."""
-        return concatenate(pyramid, self.grid_).flatten(2).transpose(1, 2)[:, :, self.channels_]
+        joined = concatenate(pyramid, self.grid_).flatten(2)  # [B, all channels, P]
+        drawn = joined if self.channels is None else joined[:, self.channels_]
+        return drawn.transpose(1, 2)
 
     def fit_features(
         self,
