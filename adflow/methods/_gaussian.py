@@ -22,7 +22,7 @@ WORK = 256 << 20  # bytes of float64 statistics held at once when no limit is se
 class PositionGaussians(nn.Module):
     """Mean and covariance of vectors [n, P, d] at each of P positions, ready for Mahalanobis distances.
 
-    ``inverse_`` [P, d, d or rank] is the factor transposed: |(x - mean) @ inverse_|^2 is the squared distance.
+    ``inverse_`` [P, d, d or rank] is the transposed factor: |(x - mean) @ inverse_|^2 is squared distance.
 
     Args:
         positions: P.
