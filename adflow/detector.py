@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -49,7 +50,7 @@ class _TensorImages:
         return len(self.images)
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        yield from self.images.split(batch_size)
+        yield from torch.split(self.images, batch_size)
 
 
 @dataclass
@@ -227,10 +228,9 @@ class Detector(nn.Module, ABC):
 
     def device(self) -> torch.device:
         """Return where the tensors of this detector live."""
-        tensor = next(self.parameters(), None)
-        if tensor is None:
-            tensor = next(self.buffers(), torch.zeros(()))
-        return tensor.device
+        for tensor in chain(self.parameters(), self.buffers()):
+            return tensor.device
+        return torch.device("cpu")
 
     def _check(self, images: Tensor) -> None:
         if self.size is None:

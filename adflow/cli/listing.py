@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ def list_(
     if what not in (*WHAT, "all"):
         raise unknown("list", what, [*WHAT, "all"])
     parts = WHAT if what == "all" else (what,)
-    makers = {
+    makers: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "methods": _methods,
         "backbones": lambda: _zoo(zoo_file, "backbones"),
         "datasets": lambda: _zoo(zoo_file, "datasets"),

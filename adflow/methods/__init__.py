@@ -88,7 +88,7 @@ def build(
     cls = get(name)
     chosen = cls.recipe_for(recipe, class_)
     recipe_backbone, recipe_taps = chosen.pop("backbone", "lite0"), chosen.pop("taps", None)
-    reading = {key: chosen.pop(key) for key in ("size", "keep_aspect") if key in chosen}
+    reading: dict[str, Any] = {key: chosen.pop(key) for key in ("size", "keep_aspect") if key in chosen}
     known = cls.parameters_of()
     for key, value in (settings or {}).items():
         if key not in known:
@@ -137,7 +137,7 @@ def facts() -> list[dict[str, Any]]:
         if spec is not None and spec.origin is not None:
             tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
             for node in ast.walk(tree):
-                target = node.target if isinstance(node, ast.AnnAssign) else None
+                target: ast.expr | None = node.target if isinstance(node, ast.AnnAssign) else None
                 if isinstance(node, ast.Assign) and len(node.targets) == 1:
                     target = node.targets[0]
                 if isinstance(target, ast.Name) and target.id in FACTS and isinstance(node, ast.Assign | ast.AnnAssign):
