@@ -82,41 +82,42 @@ def _choose(
     """
     for p in range(len(up)):
         q = up[p]
+        size, children, b = area[p], kids[p], best[p]
         if q != p and level[q] == level[p]:
-            area[q] += area[p]
-            kids[q] += kids[p]
+            area[q] += size
+            kids[q] += children
             opened[q] |= opened[p]
-            b = best[p]
-            if b >= 0 and (best[q] < 0 or value[b] < value[best[q]]):
-                best[q] = b
-            continue
-        v = charge[area[p]] - area[p] * unit[p]
-        value[p] = v
-        b = best[p]
-        if kids[p] == 0 or (opened[p] == 0 and (v < value[b] or (v == value[b] and kids[p] > 1))):
-            b = p
-            best[p] = p
-        elif kids[p] > 1:
-            opened[p] = 1
-        if q != p:
-            area[q] += area[p]
+        else:
+            v = charge[size] - size * unit[p]
+            value[p] = v
+            if children == 0 or (opened[p] == 0 and (v < value[b] or (v == value[b] and children > 1))):
+                b = p
+                best[p] = p
+            elif children > 1:
+                opened[p] = 1
+            if q == p:
+                continue
+            area[q] += size
             kids[q] += 1
             opened[q] |= opened[p]
-            if best[q] < 0 or value[b] < value[best[q]]:
+        if b >= 0:
+            other = best[q]
+            if other < 0 or value[b] < value[other]:
                 best[q] = b
     for p in range(len(up) - 1, -1, -1):
         q = up[p]
         if q == p:
             label[p] = -1
-            if opened[p] == 0:
-                kept[best[p]] = 1
+            top = True
+        elif level[q] == level[p]:
+            label[p] = label[q]
+            opened[p] = opened[q]
+            continue
         else:
             label[p] = label[q]
-            if level[q] == level[p]:
-                opened[p] = opened[q]
-                continue
-            if opened[q] == 1 and opened[p] == 0:
-                kept[best[p]] = 1
+            top = opened[q] == 1
+        if top and opened[p] == 0:
+            kept[best[p]] = 1
         if kept[p] == 1:
             label[p] = p
 
@@ -191,7 +192,7 @@ def best_regions(
     """
     h, w = level.shape
     flat = np.flatnonzero(level.ravel() > floor)
-    flat = flat[np.argsort(-level.ravel()[flat], kind="stable")]
+    flat = flat[np.argsort(-level.ravel()[flat])]
     m, stride = len(flat), w + 1
     # One column of padding serves as the right border of a row and the left border of the next.
     order = flat + flat // w + stride + 1

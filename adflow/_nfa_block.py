@@ -49,9 +49,7 @@ def _block_table(n: int, channels: int, precision: Literal["low", "high"]) -> np
         with np.errstate(divide="ignore"):
             log_p = np.asarray(binom.logsf(hits / channels, n, p)) / np.log(10)
         return np.append(log_p[:-1], n * np.log10(p))
-    parts = max(
-        1, -(-16 // channels)
-    )  # 16 intervals per unit and more: Gauss-Legendre is then exact to 1e-13
+    parts = max(1, -(-16 // channels))  # 16 intervals per unit and more: Gauss-Legendre is then exact to 1e-13
     nodes, gauss = np.polynomial.legendre.leggauss(4)
     step = 1 / (channels * parts)
     t = (np.arange(n * channels * parts)[:, None] + (nodes + 1) / 2) * step

@@ -111,9 +111,7 @@ def plain_regions(
 
     score = np.asarray(score)
     if score.ndim != 2 or score.size == 0 or np.isnan(score).any():
-        raise InputError(
-            f"a score map of shape {list(score.shape)} cannot be cut, expected [H, W] without NaN"
-        )
+        raise InputError(f"a score map of shape {list(score.shape)} cannot be cut, expected [H, W] without NaN")
     if math.isnan(threshold):
         raise InputError("the threshold is NaN, expected a score level")
     mask: npt.NDArray[np.bool_] = score > threshold

@@ -92,9 +92,7 @@ class Calibration:
             score = np.asarray(score, dtype=np.float32)
             shape = shape or score.shape
             if score.shape != shape:
-                raise InputError(
-                    f"a score map has shape {list(score.shape)}, expected {list(shape)} as before"
-                )
+                raise InputError(f"a score map has shape {list(score.shape)}, expected {list(shape)} as before")
             level, count = count_curve(score, max_count)
             levels.append(level)
             counts.append(count)
@@ -188,15 +186,17 @@ class Calibration:
         self._enough(f"--nfa {eps:g}", eps)
         curves = self._curves
         level = lowest_level(curves, (curves.total + np.maximum(1, curves.largest)) / (self.n + 1), eps)
+        # Where a curve was cut, the count of that image is not known any more.
+        cut = self.levels[self.counts > self.max_count]
+        if len(cut):
+            return max(float(cut.max()), -math.inf if level is None else level)
         if level is None:
             most = (curves.total[-1] + curves.largest[-1]) / (self.n + 1)
             raise InputError(
                 f"--nfa {eps:g} is more than maps of good images ever show ({most:.3g} regions per image)",
                 hint=f"Ask for less than {most:.3g}.",
             )
-        # Where a curve was cut, the count of that image is not known any more.
-        cut = self.levels[self.counts > self.max_count]
-        return max(level, float(cut.max())) if len(cut) else level
+        return level
 
     def flag_threshold(self, rate: float) -> float:
         """Return the level above which at most a share ``rate`` of good images shows any region.
@@ -297,9 +297,7 @@ class Calibration:
             "images": self.n,
             "leave_one_out": {f"{eps:g}": round(float(c.mean()), 4) for eps, c in known.items()},
             "flagged": {f"{eps:g}": round(float((c > 0).mean()), 4) for eps, c in known.items()},
-            "variance_over_mean": round(float(last.var() / last.mean()), 3)
-            if clumped and last is not None
-            else None,
+            "variance_over_mean": round(float(last.var() / last.mean()), 3) if clumped and last is not None else None,
             "max_count": None if last is None else int(last.max()),
             "blocks_p": self.exchangeability()["blocks_p"],
         }
@@ -358,9 +356,7 @@ class Calibration:
                     f"{report['blocks_p']:.1g}): a promise made on them may not hold for the next session"
                 )
         if fit_scores is not None:
-            report["fit_auc"], report["fit_p"] = _rank_test(
-                self.scores, np.asarray(fit_scores, dtype=np.float64)
-            )
+            report["fit_auc"], report["fit_p"] = _rank_test(self.scores, np.asarray(fit_scores, dtype=np.float64))
         return report
 
     def tensors(self) -> dict[str, Array]:
@@ -411,9 +407,7 @@ def _ceil(rate: float) -> str:
 
 def _highest(values: Array, count: int) -> Array:
     """Return the ``count`` highest values, in no order."""
-    return (
-        values if len(values) <= count else np.partition(values, len(values) - count)[len(values) - count :]
-    )
+    return values if len(values) <= count else np.partition(values, len(values) - count)[len(values) - count :]
 
 
 def _rank_test(a: Array, b: Array) -> tuple[float, float]:
