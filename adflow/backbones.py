@@ -5,20 +5,21 @@
     >>> list(zip(backbone.taps, backbone.channels, backbone.strides))
     [('b2', 40, 8), ('b3', 80, 16), ('b4', 112, 16)]
 
-Names: ``lite0`` (default) ``lite1`` ``lite2``, ``resnet18`` ``resnet34`` ``resnet50`` ``wrn50``, ``mobilenetv3l``,
-``efficientnet_b4`` ``efficientnet_b5``, ``cait-pair`` (U-Flow), ``vgg19-dfr`` (DFR), ``alexnet`` (DifferNet), and every
-name of timm with its taps. ``NAME@1,0.5,0.25`` feeds the image at several scales; ``NAME+NAME`` joins two pyramids.
-A net without its weights is an error, never a random net.
+Names: ``lite0`` (default), ``lite1``, ``lite2``, ``resnet18``, ``resnet34``, ``resnet50``, ``wrn50``,
+``mobilenetv3l``, ``efficientnet_b4``, ``efficientnet_b5``, ``cait-pair`` (U-Flow), ``vgg19-dfr`` (DFR),
+``alexnet`` (DifferNet), and every name of timm. ``NAME@1,0.5,0.25`` feeds the image at several scales,
+``NAME+NAME`` joins two pyramids. A net without its weights is an error, never a random net.
 """
 
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,11 @@ from torch.nn import functional as F
 from adflow import _nets
 from adflow._weights import find_weights, load_strictly, read_weights, rename_lite
 from adflow.errors import InputError, UsageError, unknown
+from adflow.zoo import File, Source
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of RGB in [0, 1]
-HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+_Norm = tuple[tuple[float, ...], tuple[float, ...]]
+IMAGENET: _Norm = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of RGB in [0, 1]
+HALF: _Norm = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 class Backbone(nn.Module):
@@ -50,6 +53,9 @@ class Backbone(nn.Module):
         precision: "float32" or "bf16".
         fixed_size: (height, width) of the only input the net takes, or None.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self,
@@ -73,12 +79,12 @@ class Backbone(nn.Module):
         self.precision = "float32"
         self.fixed_size: tuple[int, int] | None = None
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.net = net.to(memory_format=self.layout)
+        # Nets that already are backbones keep the layout they chose.
+        self.net = net.to(memory_format=self.layout) if channels_last else net
         self.net_bf16: nn.Module | None = None
-        self.register_buffer("scale", 1 / torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer(
-            "shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1), persistent=False
-        )
+        centre, spread = (torch.tensor(value).view(1, 3, 1, 1) for value in (mean, std))
+        self.register_buffer("scale", 1 / spread, persistent=False)
+        self.register_buffer("shift", -centre / spread, persistent=False)
         self.requires_grad_(False)
         super().train(False)
 
@@ -95,12 +101,12 @@ class Backbone(nn.Module):
         if precision not in ("float32", "bf16"):
             raise unknown("precision", precision, ["float32", "bf16"])
         if precision == "bf16" and self.net_bf16 is None:
-            self.net_bf16 = copy.deepcopy(self.net).to(torch.bfloat16, memory_format=self.layout)
+            self.net_bf16 = copy.deepcopy(self.net).to(torch.bfloat16)
         self.precision = precision
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the feature maps [B, C, h, w] float32, finest first, of RGB ``images`` [B, 3, H, W] in [0, 1].
+        """Return the maps [B, C, h, w] float32, finest first, of RGB ``images`` [B, 3, H, W] in [0, 1].
 
         Raises:
             InputError: wrong shape.
@@ -131,34 +137,44 @@ class Backbone(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class _Net:
-    """How to build one net: its creator, the cut, default taps, normalisation, old key names if any."""
+    """How to build one net.
+
+    ``source`` is library and name there, ``size`` the side of the only input it takes, ``depths`` the blocks
+    per stage by which the old tensor names of the lite nets are translated.
+    """
 
     source: str
     cut: _nets.Cut
     taps: tuple[str, ...]
-    norm: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
+    norm: _Norm = IMAGENET
     size: int | None = None
     depths: tuple[int, ...] | None = None
 
 
+_MIDDLE = ("b2", "b3", "b4")
 _LAYERS = ("layer1", "layer2", "layer3")
+_RELU4 = ("relu4_1", "relu4_2", "relu4_3", "relu4_4")
+_LITE0 = (1, 2, 2, 3, 3, 4, 1)
+_LITE12 = (1, 3, 3, 4, 4, 5, 1)
 _NETS = {
-    # depths: blocks per stage, by which the old names of the weight files are translated.
-    "lite0": _Net("timm:tf_efficientnet_lite0", _nets.mobile_stages, ("b2", "b3", "b4"), HALF, None, (1, 2, 2, 3, 3, 4, 1)),
-    "lite1": _Net("timm:tf_efficientnet_lite1", _nets.mobile_stages, ("b2", "b3", "b4"), HALF, None, (1, 3, 3, 4, 4, 5, 1)),
-    "lite2": _Net("timm:tf_efficientnet_lite2", _nets.mobile_stages, ("b2", "b3", "b4"), HALF, None, (1, 3, 3, 4, 4, 5, 1)),
+    # The lite nets must be timm's tf_ variant: same tensors as the plain one, other padding and batch norm
+    # epsilon.
+    "lite0": _Net("timm:tf_efficientnet_lite0", _nets.mobile_stages, _MIDDLE, HALF, depths=_LITE0),
+    "lite1": _Net("timm:tf_efficientnet_lite1", _nets.mobile_stages, _MIDDLE, HALF, depths=_LITE12),
+    "lite2": _Net("timm:tf_efficientnet_lite2", _nets.mobile_stages, _MIDDLE, HALF, depths=_LITE12),
     "resnet18": _Net("timm:resnet18.tv_in1k", _nets.resnet_stages, _LAYERS),
     "resnet34": _Net("timm:resnet34.tv_in1k", _nets.resnet_stages, _LAYERS),
     "resnet50": _Net("timm:resnet50.tv_in1k", _nets.resnet_stages, _LAYERS),
     "wrn50": _Net("timm:wide_resnet50_2.tv_in1k", _nets.resnet_stages, _LAYERS),
+    # CFLOW-AD's taps: 40 channels at stride 8, 112 at 16, 160 at 32.
     "mobilenetv3l": _Net("timm:mobilenetv3_large_100.ra_in1k", _nets.mobile_stages, ("b2.conv", "b4.conv", "b5.conv")),
-    "efficientnet_b4": _Net("timm:efficientnet_b4.ra2_in1k", _nets.mobile_stages, ("b2", "b4", "b6")),
+    "efficientnet_b4": _Net("timm:efficientnet_b4.ra2_in1k", _nets.mobile_stages, ("b2", "b4", "b5")),
     "efficientnet_b5": _Net("timm:tf_efficientnet_b5.ns_jft_in1k", _nets.mobile_stages, ("b2", "b4", "b5")),
     "cait_m48_448": _Net("timm:cait_m48_448.fb_dist_in1k", _nets.token_stages, ("block40",), size=448),
     "cait_s24_224": _Net("timm:cait_s24_224.fb_dist_in1k", _nets.token_stages, ("block20",), size=224),
-    "vgg19-dfr": _Net("torchvision:vgg19", _nets.vgg_stages, tuple(f"relu4_{i}" for i in range(1, 5))),
+    "vgg19-dfr": _Net("torchvision:vgg19", _nets.vgg_stages, _RELU4),
     "alexnet": _Net("torchvision:alexnet", _nets.alexnet_stages, ("features",)),
-}  # fmt: skip
+}
 
 
 def names() -> list[str]:
@@ -166,20 +182,21 @@ def names() -> list[str]:
     return [*_NETS, "cait-pair"]
 
 
-def make_backbone(
-    name: str = "lite0", taps: Sequence[str] | None = None, weights: Path | None = None
-) -> Backbone:
+def make_backbone(name: str = "lite0", taps: Sequence[str] | None = None, weights: Path | None = None) -> Backbone:
     """Build the frozen backbone ``name``.
 
     Args:
-        name: see the head of this module. ``a+b`` joins two nets, ``a@1,0.5`` feeds several scales of the image.
-        taps: which maps, None = the default of the net. Joined nets take "name.tap".
+        name: see the head of this module.
+        taps: which maps; None = the default of the net. "b1".."b6" are stages of mobile nets ("b2.conv" the
+            last projection of a stage, before normalisation and skip), "layer1".."layer4" of ResNets,
+            "block0".. blocks of transformers, "f0".. features of any other timm net. Joined nets take
+            "net.tap".
         weights: a local weight file (.safetensors, or a torch file of tensors only); for joined nets and
             ``cait-pair`` a folder with one such file per net, named after it. None = where ``zoo.yaml`` says.
 
     Raises:
         UsageError: unknown name or tap; names the nearest.
-        UnavailableError: the weights are not on this machine and cannot be fetched.
+        UnavailableError: the weights are not on this machine and cannot be fetched; names the offline choice.
         InputError: the weight file is damaged or belongs to another net.
     """
     base, at, scales = name.partition("@")
@@ -189,33 +206,31 @@ def make_backbone(
         return CaitPair(taps, weights)
     if "+" in name:
         return JoinedBackbone(name.split("+"), taps, weights)
-    if name in _NETS:
-        return _single(name, taps, weights)
-    raise unknown("backbone", name, names())
+    return _known(name, taps, weights) if name in _NETS else _timm(name, taps, weights)
 
 
-def _single(name: str, taps: Sequence[str] | None, weights: Path | None) -> Backbone:
+def _known(name: str, taps: Sequence[str] | None, weights: Path | None) -> Backbone:
+    """Build a net of the table above."""
     recipe = _NETS[name]
-    file = find_weights(name, weights)
     full = _skeleton(recipe.source)
     wanted = recipe.taps if taps is None else taps
-    # On the meta device shapes cost nothing; the cut is made on a copy, as it removes what the file still holds.
+    # On the meta device shapes cost nothing; the cut is made on a copy, as it removes what the file still
+    # holds.
     channels, strides = _nets.measure(recipe.cut(copy.deepcopy(full), wanted)[0], recipe.size or 128)
+    file = find_weights(name, weights)
     state = read_weights(file.path)
     if recipe.depths and "_conv_stem.weight" in state:
         state = rename_lite(state, recipe.depths)
     load_strictly(full, state, file.path, name)
-    full.eval()
-    net, order = recipe.cut(full, wanted)
+    net, order = recipe.cut(full.eval(), wanted)
     convolutional = recipe.size is None
     if convolutional:
-        net = _nets.fold_norms(net)
+        net = _nets.streamline(net)
+    mean, std = recipe.norm
     backbone = Backbone(
-        name, order, channels, strides, file.sha256, net,
-        mean=recipe.norm[0], std=recipe.norm[1], channels_last=convolutional,
-    )  # fmt: skip
-    if recipe.size:
-        backbone.fixed_size = (recipe.size, recipe.size)
+        name, order, channels, strides, file.sha256, net, mean=mean, std=std, channels_last=convolutional
+    )
+    backbone.fixed_size = (recipe.size, recipe.size) if recipe.size else None
     return backbone
 
 
@@ -227,10 +242,48 @@ def _skeleton(source: str) -> nn.Module:
             import timm
 
             net: nn.Module = timm.create_model(name, pretrained=False)
-            return net
-        import torchvision
+        else:
+            from torchvision.models import get_model
 
-        return getattr(torchvision.models, name)(weights=None)  # type: ignore[no-any-return]
+            net = get_model(name, weights=None)
+    return net
+
+
+def _timm(name: str, taps: Sequence[str] | None, weights: Path | None) -> Backbone:
+    """Build any other net of timm, with timm's own translation of its weight file; never without weights."""
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise unknown("backbone", name, [*names(), *near])
+    config: Any = timm.get_pretrained_cfg(name)
+    with torch.device("meta"):
+        shape: Any = timm.create_model(name, pretrained=False)
+    transformer = hasattr(shape, "patch_embed") and hasattr(shape, "blocks")
+    if config is None or not hasattr(shape, "prune_intermediate_layers"):
+        raise UsageError(f"the timm net {name} does not hand out its features, expected another backbone")
+    if taps is None and transformer:
+        taps = [f"block{2 * len(shape.blocks) // 3 - 1}"]  # block 7 of 12, as FastFlow takes from DeiT
+    elif taps is None:
+        taps = [f"f{i}" for i, info in enumerate(shape.feature_info) if info["reduction"] in (4, 8, 16)]
+    cut: _nets.Cut = _nets.token_stages if transformer else _nets.feature_stages
+    side = config.input_size[1] if config.fixed_input_size or transformer else 128
+    channels, strides = _nets.measure(cut(shape.eval(), taps)[0], side)
+    fallback = None
+    if config.hf_hub_id:
+        path = config.hf_hub_filename or "model.safetensors"
+        fallback = File(path, (Source(hub=config.hf_hub_id, revision="main", path=path),))
+    elif config.url:
+        fallback = File(config.url.rpartition("/")[2], (Source(url=config.url),))
+    file = find_weights(name, weights, fallback)
+    try:
+        full = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": read_weights(file.path)})
+    except (RuntimeError, KeyError) as error:
+        raise InputError(f"{file.path} does not hold the weights of {name}: {str(error).splitlines()[0]}") from error
+    net, order = cut(full.eval(), taps)
+    backbone = Backbone(name, order, channels, strides, file.sha256, net, mean=config.mean, std=config.std)
+    backbone.fixed_size = (side, side) if config.fixed_input_size or transformer else None
+    return backbone
 
 
 def _parse_scales(name: str, text: str) -> list[float]:
@@ -246,9 +299,9 @@ def _parse_scales(name: str, text: str) -> list[float]:
 class PyramidBackbone(Backbone):
     """One net over several scales of the image, made by nearest-neighbour sampling (CS-Flow, DifferNet).
 
-    CS-Flow (Rudolph et al. 2022, https://arxiv.org/abs/2110.02855) takes EfficientNet-B5 at 768, 384 and 192 px,
-    DifferNet (Rudolph et al. 2021, https://arxiv.org/abs/2008.12577) AlexNet at 448, 224 and 112 px: both are
-    scales 1, 0.5, 0.25.
+    CS-Flow (Rudolph et al. 2022, https://arxiv.org/abs/2110.02855) takes EfficientNet-B5 at 768, 384 and 192
+    px, DifferNet (Rudolph et al. 2021, https://arxiv.org/abs/2008.12577) AlexNet at 448, 224 and 112 px: both
+    are scales 1, 0.5, 0.25.
 
     Args:
         base: the net.
@@ -291,11 +344,7 @@ class JoinedBackbone(Backbone):
     def __init__(self, nets: Sequence[str], taps: Sequence[str] | None, weights: Path | None) -> None:
         parts = []
         for net in nets:
-            mine = (
-                None
-                if taps is None
-                else [tap.removeprefix(f"{net}.") for tap in taps if tap.startswith(f"{net}.")]
-            )
+            mine = None if taps is None else [tap.removeprefix(f"{net}.") for tap in taps if tap.startswith(f"{net}.")]
             parts.append(make_backbone(net, mine, _part(weights, net)))
         super().__init__(
             "+".join(nets),
@@ -320,17 +369,15 @@ class JoinedBackbone(Backbone):
 class CaitPair(Backbone):
     """U-Flow's MS-CaiT: CaiT-M48 at 448 px (768 x 28 x 28) and CaiT-S24 at 224 px (384 x 14 x 14).
 
-    U-Flow: a U-shaped normalizing flow (Tailanian et al. 2024, https://doi.org/10.1007/s10851-024-01193-y). Tokens
-    after blocks 40 and 20 and the nets' own final norms; the small net sees the normalised image resized bicubically
-    with aligned corners.
+    U-Flow: a U-shaped normalizing flow (Tailanian et al. 2024, https://doi.org/10.1007/s10851-024-01193-y).
+    Tokens after blocks 40 and 20 and the nets' own final norms; the small net sees the normalised image
+    resized bicubically with aligned corners.
     """
 
     def __init__(self, taps: Sequence[str] | None, weights: Path | None) -> None:
         wanted = ("block40", "block20") if taps is None else tuple(taps)
         if len(wanted) != 2:
-            raise InputError(
-                f"taps are {list(wanted)}, expected two: a block of cait_m48_448 and one of cait_s24_224"
-            )
+            raise InputError(f"taps are {list(wanted)}, expected two: a block of cait_m48_448 and one of cait_s24_224")
         parts = [
             make_backbone(net, [tap], _part(weights, net))
             for net, tap in zip(("cait_m48_448", "cait_s24_224"), wanted, strict=True)
@@ -367,9 +414,7 @@ def _part(folder: Path | None, net: str) -> Path | None:
     if folder is None:
         return None
     found = [
-        path
-        for path in sorted(Path(folder).glob(f"{net}*"))
-        if path.suffix in (".safetensors", ".pth", ".pt", ".bin")
+        path for path in sorted(Path(folder).glob(f"{net}*")) if path.suffix in (".safetensors", ".pth", ".pt", ".bin")
     ]
     if not found:
         raise InputError(

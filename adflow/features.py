@@ -1,9 +1,9 @@
 """FeatureBank: every training image passes the backbone once; its features are then read as often as needed.
 
-On a CPU each image passes the net alone, with one thread, several images side by side: that is how scoring runs too,
-so a feature in the bank is bit for bit the feature seen at scoring. Features lie in RAM, or in nameless files that
-vanish with the bank, even when the process is killed. Whatever the number of images, building and reading a bank on
-disk needs RAM for a few images only.
+On a CPU each image passes the net alone, with one thread, several images side by side: that is how scoring
+runs too, so a feature in the bank is bit for bit the feature seen at scoring. Features lie in RAM, or in
+nameless files that vanish with the bank, even when the process is killed. Whatever the number of images,
+building and reading a bank on disk needs RAM for a few images only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from adflow._files import make_folder
-from adflow._stores import DiskStore, RamStore, Store
+from adflow._stores import DiskStore, RamStore, Store, SubsetStore
 from adflow.backbones import Backbone
 from adflow.errors import InputError, ResourceError, UsageError, unknown
 
@@ -38,7 +38,7 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class ImageSource(Protocol):
-    """What a bank is built from: images in a fixed order. Fewer may come than announced (unreadable files)."""
+    """What a bank is built from: images in a fixed order; fewer may come than announced (bad files)."""
 
     def __len__(self) -> int:
         """Return how many images to expect."""
@@ -63,9 +63,7 @@ class FeatureBank:
         on_disk: whether they lie in files.
     """
 
-    def __init__(
-        self, stores: Sequence[Store], size: tuple[int, int], views: int, note: str, on_disk: bool
-    ) -> None:
+    def __init__(self, stores: Sequence[Store], size: tuple[int, int], views: int, note: str, on_disk: bool) -> None:
         self._stores = list(stores)
         self.channels = [store.shape[0] for store in stores]
         self.grids = [(store.shape[1], store.shape[2]) for store in stores]
@@ -98,13 +96,15 @@ class FeatureBank:
             folder: where; None = the system's temporary folder.
             dtype: how to store them: "float32" (exact), "float16" or "bfloat16" (half the room).
             views: how many augmented views to keep of each image.
-            augment: one image [1, 3, H, W] and a generator to a view of the same shape; called for every view.
+            augment: one image [1, 3, H, W] and a generator to a view of the same shape; called for every
+                view.
             generator: seeds the generators that ``augment`` gets, one per row; required with ``augment``.
             workers: threads on a CPU; None = the cores of this process, at most 8. Does not change any bit.
             progress: called with (rows done, rows expected, "features").
 
         Raises:
-            InputError: no image, images of different sizes, or features that are not finite (names the image).
+            InputError: no image, images of different sizes, or features that are not finite (names the
+                image).
             ResourceError: not enough room in RAM or on disk.
             UsageError: an unknown dtype, or views without a way to make them.
         """
@@ -113,9 +113,7 @@ class FeatureBank:
         if views < 1 or (views > 1 and augment is None):
             raise UsageError(f"views is {views}, expected 1, or more together with augment")
         if augment is not None and generator is None:
-            raise UsageError(
-                "augment needs a generator", hint="Pass generator=torch.Generator().manual_seed(seed)."
-            )
+            raise UsageError("augment needs a generator", hint="Pass generator=torch.Generator().manual_seed(seed).")
         rows = len(images) * views
         extraction = _Extraction(backbone, augment, generator, views, workers)
         stores: list[Store] = []
@@ -150,10 +148,28 @@ class FeatureBank:
         """Return the number of rows: images times views."""
         return len(self._stores[0])
 
+    def subset(self, images: Sequence[int]) -> FeatureBank:
+        """Return a bank of some images, with all their views, in the order given.
+
+        It reads from this bank, which must stay open; features are not copied, except by :meth:`level`.
+        Methods, seeds and folds can so share one pass through the backbone.
+
+        Raises:
+            InputError: there is no such image.
+        """
+        count = len(self) // self.views
+        wrong = [image for image in images if not 0 <= image < count]
+        if wrong:
+            raise InputError(f"image {wrong[0]} does not exist, expected 0 to {count - 1}")
+        rows = [image * self.views + view for image in images for view in range(self.views)]
+        stores = [SubsetStore(store, rows) for store in self._stores]
+        return FeatureBank(stores, self.size, self.views, self.note, self.on_disk)
+
     def level(self, index: int) -> Tensor:
         """Return all features of one level [N, C, h, w] in the stored dtype; mapped into memory when on disk.
 
-        Writing to it never reaches the files of a bank on disk, but does change a bank in RAM: treat it as read-only.
+        Writing to it never reaches the files of a bank on disk, but does change a bank in RAM: treat it as
+        read-only.
         """
         return self._stores[index].whole()
 
@@ -181,9 +197,7 @@ class FeatureBank:
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}, expected at least 1")
         if shuffle and generator is None:
-            raise UsageError(
-                "shuffle needs a generator", hint="Pass generator=torch.Generator().manual_seed(seed)."
-            )
+            raise UsageError("shuffle needs a generator", hint="Pass generator=torch.Generator().manual_seed(seed).")
         count = len(self)
         order = torch.randperm(count, generator=generator).tolist() if shuffle else list(range(count))
         return self._batches(order, batch_size, drop_last)
@@ -227,7 +241,7 @@ def _finite(level: Tensor, dtype: torch.dtype, image: int) -> Tensor:
 def _plan(
     pyramid: list[Tensor], rows: int, memory: int, folder: Path | None, dtype: torch.dtype
 ) -> tuple[list[Store], str, bool]:
-    """Choose RAM or disk for ``rows`` rows like ``pyramid``; return the stores, the note, and whether on disk."""
+    """Choose RAM or disk for ``rows`` rows like ``pyramid``; return stores, note, and whether on disk."""
     shapes = [(level.shape[1], level.shape[2], level.shape[3]) for level in pyramid]
     needed = rows * sum(c * h * w for c, h, w in shapes) * dtype.itemsize
     what = f"features of {rows} images, {_human(needed)} as {str(dtype).removeprefix('torch.')}"
@@ -238,7 +252,7 @@ def _plan(
     free = shutil.disk_usage(place).free
     if needed > free:
         raise ResourceError(
-            f"{what}: more than the limit of {_human(memory)} of RAM and than the {_human(free)} free in {place}",
+            f"{what}: more than the limit of {_human(memory)} of RAM and the {_human(free)} free in {place}",
             hint="Free some space, choose another cache folder, or store features as bfloat16.",
         )
     note = f"{what}: on disk in {place}, as the limit for RAM is {_human(memory)}"
@@ -287,7 +301,7 @@ class _Extraction:
     def _rows(self, images: ImageSource, batch_size: int) -> Iterator[tuple[Tensor, int]]:
         """Yield every image [1, 3, H, W] once per view, with the seed of that view."""
         for batch in images.batches(batch_size):
-            for image in batch.split(1):
+            for image in batch.unsqueeze(1):  # [1, 3, H, W]
                 for _ in range(self.views):
                     yield image, self._draw()
 
@@ -303,8 +317,7 @@ class _Extraction:
 
     def _alone(self, image: Tensor, seed: int) -> tuple[tuple[int, int], list[Tensor]]:
         with torch.inference_mode():
-            # A view into a batch has the same values at another address; the copy makes its memory like any other's.
-            view = self._view(image.clone(), seed)
+            view = self._view(image, seed)
             return (view.shape[2], view.shape[3]), self.backbone(view)
 
     def _together(self, images: ImageSource) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:

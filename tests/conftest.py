@@ -1,4 +1,4 @@
-"""What the tests share: a tiny random backbone (only tests may build one) and small pictures with a defect."""
+"""What tests share: a tiny random backbone (only tests may build one) and small pictures with a defect."""
 
 from __future__ import annotations
 
