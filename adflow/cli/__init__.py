@@ -12,7 +12,7 @@ import sys
 import click
 import typer
 
-from adflow.cli import calibrate, doctor, evaluate, fit, listing, score, segment
+from adflow.cli import calibrate, doctor, download, evaluate, fit, listing, score, segment
 from adflow.errors import AdflowError, ResourceError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="First time here? Type: adflow fit demo/brick && adflow evaluate demo/brick",
 )
+app.command("download")(download.download)
 app.command("fit")(fit.fit)
 app.command("calibrate")(calibrate.calibrate)
 app.command("score")(score.score)

@@ -57,6 +57,9 @@ class Talk:
         """Print the result: the JSON object with ``--json``, else ``table`` (a rich table or text)."""
         if self.json:
             print_json(value)
+        elif isinstance(table, str):
+            # As it is: paths and addresses must not be broken into lines or read as markup.
+            sys.stdout.write(table + "\n")
         elif table is not None:
             self.out.print(table)
 
