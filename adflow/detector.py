@@ -88,12 +88,14 @@ class Resources:
         folder: where that file goes; None = the system's temporary folder.
         dtype: storage type of features: "float32" (exact), "float16" or "bfloat16".
         checkpoint: file for the state of an interrupted fit, or None.
+        bank: the features of the very images that are fitted on, where they have been extracted before.
     """
 
     memory: int = 4 << 30
     folder: Path | None = None
     dtype: str = "float32"
     checkpoint: Path | None = None
+    bank: FeatureBank | None = None
 
 
 class Detector(nn.Module, ABC):
@@ -351,6 +353,8 @@ class FeatureDetector(Detector):
         source = _TensorImages(images) if isinstance(images, Tensor) else images
         if len(source) == 0:
             raise InputError("there is no image to fit on, expected at least 1")
+        if resources.bank is not None:
+            return self.fit_bank(resources.bank, seed=seed, progress=progress, checkpoint=resources.checkpoint)
         with FeatureBank.build(
             self.backbone,
             source,

@@ -22,6 +22,7 @@ from adflow.errors import InputError, UsageError
 from adflow.imaging import Size
 from adflow.pipeline import run
 from adflow.runs import DETECTOR, run_name, runs_folder
+from adflow.tasks._bank import TrainFeatures, can_share
 from adflow.tasks._device import choose_device
 
 DEFAULT_METHOD = "cflow"
@@ -154,8 +155,12 @@ def fit_detector(
     size: Size,
     keep_aspect: bool,
     progress: Progress | None = None,
+    features: TrainFeatures | None = None,
 ) -> dict[str, Any]:
     """Fit and calibrate ``detector`` in place; return counts and seconds.
+
+    With folds every image passes the backbone once for all of them; ``features`` brings what others have extracted.
+    Neither changes any bit of the result.
 
     Raises:
         InputError: fewer than 2 images to fit on.
@@ -169,28 +174,16 @@ def fit_detector(
         )
     detector.to(choose_device(options.device))
     detector.keep_aspect = keep_aspect
-    skipped: list[str] = []
-
-    def learn(target: Detector, indices: Sequence[int], message: str) -> None:
-        source = Images([train[i] for i in indices], size, keep_aspect=keep_aspect, strict=options.strict)
-        target.fit(source, seed=options.seed, resources=options.resources, progress=progress)
-        skipped.extend(f"{path}: {reason}" for path, reason in source.skipped)
-        if progress:
-            progress(1, 1, message)
-
-    out_of_fold: list[Calibration] = []
-    if options.folds > 1:
-        order = np.random.default_rng(options.seed).permutation(len(train))
-        for fold, part in enumerate(np.array_split(order, options.folds)):
-            rest = sorted(set(range(len(train))) - set(part.tolist()))
-            learn(detector, rest, f"fold {fold + 1} of {options.folds}")
-            out_of_fold.append(_calibration(detector, [train[i] for i in sorted(part.tolist())], options.strict))
-    learn(detector, chosen, "fitted")
-    learned = time.perf_counter()
-    if out_of_fold:
-        detector.calibration = Calibration.merge(out_of_fold)
-    elif held:
-        detector.calibration = _calibration(detector, [train[i] for i in held], options.strict)
+    own = None
+    if features is None and options.folds > 1 and can_share(detector, options.settings):
+        own = features = TrainFeatures(
+            detector, train, size, keep_aspect, options.strict, options.resources, progress
+        )
+    try:
+        learned, skipped = _learn(detector, train, chosen, held, options, size, keep_aspect, progress, features)
+    finally:
+        if own is not None:
+            own.close()
     done = time.perf_counter()
     detector.provenance = {
         "adflow": __version__,
@@ -199,7 +192,7 @@ def fit_detector(
         "recipe": options.recipe,
         "device": str(detector.device()),
         "images": len(chosen),
-        "held_out": len(held) or (len(train) if out_of_fold else 0),
+        "held_out": len(held) or (len(train) if options.folds > 1 else 0),
         "folds": options.folds,
         "seconds": round(done - began, 3),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -218,6 +211,50 @@ def fit_detector(
         "calibration": None if detector.calibration is None else detector.calibration.health(),
         "digest": digest({k: v.cpu() for k, v in detector.learned().items()}, {}),
     }
+
+
+def _learn(
+    detector: Detector,
+    train: Sequence[Sample],
+    chosen: Sequence[int],
+    held: Sequence[int],
+    options: FitOptions,
+    size: Size,
+    keep_aspect: bool,
+    progress: Progress | None,
+    features: TrainFeatures | None,
+) -> tuple[float, list[str]]:
+    """Fit on ``chosen`` and calibrate on ``held``, or out of fold; return when it had learned, and what was skipped."""
+    skipped: list[str] = [] if features is None else list(features.skipped)
+
+    def learn(indices: Sequence[int], message: str) -> None:
+        source = Images([train[i] for i in indices], size, keep_aspect=keep_aspect, strict=options.strict)
+        resources = options.resources
+        if features is not None:
+            resources = replace(resources, bank=features.of(indices))
+        detector.fit(source, seed=options.seed, resources=resources, progress=progress)
+        skipped.extend(f"{path}: {reason}" for path, reason in source.skipped)
+        if progress:
+            progress(1, 1, message)
+
+    def calibrated(indices: Sequence[int]) -> Calibration:
+        known = None if features is None else features.calibration(detector, indices)
+        return known or _calibration(detector, [train[i] for i in indices], options.strict)
+
+    out_of_fold: list[Calibration] = []
+    if options.folds > 1:
+        order = np.random.default_rng(options.seed).permutation(len(train))
+        for fold, part in enumerate(np.array_split(order, options.folds)):
+            rest = sorted(set(range(len(train))) - set(part.tolist()))
+            learn(rest, f"fold {fold + 1} of {options.folds}")
+            out_of_fold.append(calibrated(sorted(part.tolist())))
+    learn(chosen, "fitted")
+    learned = time.perf_counter()
+    if out_of_fold:
+        detector.calibration = Calibration.merge(out_of_fold)
+    elif held:
+        detector.calibration = calibrated(held)
+    return learned, list(dict.fromkeys(skipped))
 
 
 def _calibration(detector: Detector, good: Sequence[Sample], strict: bool) -> Calibration:

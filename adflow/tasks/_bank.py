@@ -1,0 +1,135 @@
+"""The features of all training images of a class, extracted once for every fold, method and seed that wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from adflow.calibration import Calibration
+from adflow.data import Images, Sample
+from adflow.detector import Detector, FeatureDetector, Progress, Resources
+from adflow.features import FeatureBank
+from adflow.imaging import Box, Size, fit_to, read_image
+from adflow.pipeline import default_workers, single_threaded
+
+
+class TrainFeatures:
+    """One pass of the training images through one backbone; best in a ``with`` statement.
+
+    Args:
+        detector: any detector with the backbone, on the device to use.
+        train: every training image, held-out ones included.
+        size: (height, width) of the network input.
+        keep_aspect: letterbox instead of stretching.
+        strict: an unreadable image is fatal.
+        resources: memory, folder and storage type of the features.
+        progress: called with (done, total, "features").
+
+    Attributes:
+        skipped: "path: reason" of the images that could not be read.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        train: Sequence[Sample],
+        size: Size,
+        keep_aspect: bool,
+        strict: bool,
+        resources: Resources,
+        progress: Progress | None = None,
+    ) -> None:
+        source = Images(train, size, keep_aspect=keep_aspect, strict=strict)
+        self.bank = FeatureBank.build(
+            detector.backbone,
+            source,
+            memory=resources.memory,
+            folder=resources.folder,
+            dtype=resources.dtype,
+            progress=progress,
+        )
+        bad = {path for path, _ in source.skipped}
+        self.skipped = [f"{path}: {reason}" for path, reason in source.skipped]
+        readable = [i for i, sample in enumerate(train) if sample.image not in bad]
+        self._row = {index: row for row, index in enumerate(readable)}
+        self._train = train
+        # What was rounded, letterboxed (the bank does not know where the image lies) or computed in batches on a
+        # GPU is not what scoring sees.
+        self._exact = resources.dtype == "float32" and not keep_aspect and detector.device().type == "cpu"
+
+    def of(self, indices: Sequence[int]) -> FeatureBank:
+        """Return the features of the readable ones among the training images ``indices``."""
+        return self.bank.subset([self._row[i] for i in indices if i in self._row])
+
+    def calibration(self, detector: Detector, indices: Sequence[int]) -> Calibration | None:
+        """Calibrate on training images from their features: the same bits as from their files, without decoding.
+
+        Returns:
+            None when features cannot stand for the files (rounded, letterboxed, another device or another way of
+            scoring); then calibrate from the files.
+        """
+        rows = [(i, self._row[i]) for i in indices if i in self._row]
+        if not rows or not self._exact or not isinstance(detector, FeatureDetector):
+            return None
+        box = Box(0, 0, *self.bank.size)
+        if not self._alike(detector, *rows[0], box):
+            return None
+
+        def score(row: int) -> tuple[Any, float]:
+            return _score(detector, self.bank, row, box)
+
+        with single_threaded(), ThreadPoolExecutor(default_workers(), "adflow-calibrate") as pool:
+            found = list(pool.map(score, (row for _, row in rows)))
+        return Calibration.from_maps([m for m, _ in found], np.array([value for _, value in found]))
+
+    def _alike(self, detector: FeatureDetector, index: int, row: int, box: Box) -> bool:
+        """Return whether one image scores the same bits from its features and from its file.
+
+        Another memory layout is enough to make matrix kernels round differently, and a method may score in a way of
+        its own: one image more is a cheap proof.
+        """
+        array, _ = fit_to(read_image(self._train[index].image), self.bank.size, False)
+        with single_threaded():
+            scores = detector.score(torch.from_numpy(array)[None], [box])
+            score_map, value = _score(detector, self.bank, row, box)
+        return np.array_equal(scores.map[0].numpy(), score_map) and float(scores.image[0]) == value
+
+    def close(self) -> None:
+        """Give RAM and disk back."""
+        self.bank.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _score(detector: FeatureDetector, bank: FeatureBank, row: int, box: Box) -> tuple[Any, float]:
+    with torch.inference_mode():
+        pyramid = bank.pyramid([row])
+        maps = detector.score_maps(pyramid, bank.size)
+        return maps[0].numpy(), float(detector.score_images(pyramid, maps, [box])[0])
+
+
+def bank_key(detector: Detector, size: Size, keep_aspect: bool) -> tuple[Any, ...]:
+    """Return what features depend on besides the images: equal keys can share one bank."""
+    backbone = detector.backbone
+    return backbone.name, backbone.taps, backbone.weights, size, keep_aspect
+
+
+def can_share(detector: Detector, settings: dict[str, Any]) -> bool:
+    """Return whether a detector may be fitted on features that others use too.
+
+    With a memory limit of its own a method plans its bank itself.
+    """
+    return isinstance(detector, FeatureDetector) and not settings.get("max_memory")
+
+
