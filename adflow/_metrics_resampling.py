@@ -177,51 +177,71 @@ def auroc_statistic(scores: Array | Sequence[float], labels: Array | Sequence[in
     return auroc
 
 
-def pixel_statistics(maps: Maps, masks: Masks, limit: float = 0.3, bins: int = 2048) -> dict[str, Statistic]:
-    """Return the pixel statistics "auroc", "ap" and "aupro" of maps and masks.
+@dataclass(frozen=True)
+class PixelHistograms:
+    """What is left of N maps and masks for statistics over images: counts in B bins, the highest scores first.
 
-    Each image is reduced once to three histograms over common bins (negatives, positives, and positives
-    weighted by 1 / |C_k|); a draw is a weighted sum of them. The bins follow the quantiles of the scores,
-    half of them those of
-    the positives: the values lie within about 1e-3 of the exact ones (tested), far inside of any interval.
-    AUPRO draws images with all of their regions. Memory: 24 bytes x images x bins.
+    The bins follow the quantiles of the scores, half of them those of the positives: values computed from them
+    lie within about 1e-3 of the exact ones (tested), far inside of any interval. Memory: 24 bytes x N x B.
+
+    Attributes:
+        negative: [N, B] negative pixels.
+        positive: [N, B] positive pixels.
+        weighted: [N, B] positive pixels, each weighing 1 / |C_k| of its region.
+        regions: [N] number of regions.
     """
+
+    negative: Floats
+    positive: Floats
+    weighted: Floats
+    regions: Floats
+
+    @classmethod
+    def of(cls, maps: Maps, masks: Masks, bins: int = 2048) -> PixelHistograms:
+        """Reduce each image once to its histograms over common bins."""
+        edges = _edges(maps, masks, bins)
+        rows = []
+        for scores, mask in pairs(maps, masks):
+            if not np.isfinite(scores).all():
+                raise not_finite("a map")
+            slot = np.searchsorted(edges, scores.reshape(-1), side="right").reshape(scores.shape)
+            box, labels, count = regions(mask)
+            label = labels[mask[box]]
+            found = slot[box][mask[box]]
+            here = np.bincount(found, minlength=edges.size + 1).astype(np.float64)
+            inverse = 1 / np.bincount(label, minlength=count + 1)[1:]
+            weight = np.bincount(found, weights=inverse[label - 1], minlength=edges.size + 1)
+            there = np.bincount(slot.reshape(-1), minlength=edges.size + 1) - here
+            rows.append((there[::-1], here[::-1], weight[::-1], count))  # from the highest score down
+        return cls(*(np.array(column, dtype=np.float64) for column in zip(*rows, strict=True)))
+
+    def statistics(self, limit: float = 0.3) -> dict[str, Statistic]:
+        """Return the pixel statistics "auroc", "ap" and "aupro"; AUPRO draws images with all of their regions."""
+        check_limit(limit)
+
+        def auroc(weights: Floats) -> Floats:
+            before, after = _rates(weights @ self.negative)
+            here = weights @ self.positive
+            return _ratio((here * ramp_area(before, after, 1.0)).sum(axis=1), here.sum(axis=1))
+
+        def ap(weights: Floats) -> Floats:
+            here = weights @ self.positive
+            true, false = np.cumsum(here, axis=1), np.cumsum(weights @ self.negative, axis=1)
+            precision = np.divide(true, true + false, out=np.zeros_like(true), where=true > 0)
+            return _ratio((here * precision).sum(axis=1), here.sum(axis=1))
+
+        def aupro(weights: Floats) -> Floats:
+            before, after = _rates(weights @ self.negative)
+            area = ((weights @ self.weighted) * ramp_area(before, after, limit)).sum(axis=1)
+            return _ratio(area, weights @ self.regions) / limit
+
+        return {"auroc": auroc, "ap": ap, "aupro": aupro}
+
+
+def pixel_statistics(maps: Maps, masks: Masks, limit: float = 0.3, bins: int = 2048) -> dict[str, Statistic]:
+    """Return the pixel statistics "auroc", "ap" and "aupro" of maps and masks; see :class:`PixelHistograms`."""
     check_limit(limit)
-    edges = _edges(maps, masks, bins)
-    rows = []
-    for scores, mask in pairs(maps, masks):
-        if not np.isfinite(scores).all():
-            raise not_finite("a map")
-        slot = np.searchsorted(edges, scores.reshape(-1), side="right").reshape(scores.shape)
-        box, labels, count = regions(mask)
-        label = labels[mask[box]]
-        found = slot[box][mask[box]]
-        here = np.bincount(found, minlength=edges.size + 1).astype(np.float64)
-        inverse = 1 / np.bincount(label, minlength=count + 1)[1:]
-        weight = np.bincount(found, weights=inverse[label - 1], minlength=edges.size + 1)
-        there = np.bincount(slot.reshape(-1), minlength=edges.size + 1) - here
-        rows.append((there[::-1], here[::-1], weight[::-1], count))  # from the highest score down
-    negative, positive, weighted, count_of = (
-        np.array(column, dtype=np.float64) for column in zip(*rows, strict=True)
-    )
-
-    def auroc(weights: Floats) -> Floats:
-        before, after = _rates(weights @ negative)
-        here = weights @ positive
-        return _ratio((here * ramp_area(before, after, 1.0)).sum(axis=1), here.sum(axis=1))
-
-    def ap(weights: Floats) -> Floats:
-        here = weights @ positive
-        true, false = np.cumsum(here, axis=1), np.cumsum(weights @ negative, axis=1)
-        precision = np.divide(true, true + false, out=np.zeros_like(true), where=true > 0)
-        return _ratio((here * precision).sum(axis=1), here.sum(axis=1))
-
-    def aupro(weights: Floats) -> Floats:
-        before, after = _rates(weights @ negative)
-        area = ((weights @ weighted) * ramp_area(before, after, limit)).sum(axis=1)
-        return _ratio(area, weights @ count_of) / limit
-
-    return {"auroc": auroc, "ap": ap, "aupro": aupro}
+    return PixelHistograms.of(maps, masks, bins).statistics(limit)
 
 
 def delong(
