@@ -1,0 +1,177 @@
+"""Conditional Gaussian of patch features given their position and the image they come from, in closed form.
+
+A screw lies at any angle: at one position of the grid the features of good images are then many-valued, and a
+Gaussian per position has to cover all of it. What the image looks like as a whole (its ``context`` u, a few
+principal components of its pooled features) says which of the values is due. The model is::
+
+    x | p, u  ~  N( c_p + B_p u,  S_p )          z = S_p^(-1/2) (x - c_p - B_p u)
+
+and ``z`` with its log-determinant is one conditional affine layer of a normalizing flow: ``z`` is standard
+normal where the image is. A defect is small: it moves u little, and cannot explain itself away.
+
+Everything is a streamed sum; no gradient, no randomness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adflow.errors import InputError
+from adflow.methods._whiten import Moments, inverse_factor, shrink, whitening
+
+Rows = Callable[[Sequence[int]], Tensor]
+
+_BATCH = 32  # images whose features are converted to float64 at once
+_BASIS_ROWS = 1024  # images the context's principal components are taken from
+_CELLS = 8  # the context sees the image on at most 8 x 8 cells
+# Images that pull every slope towards 0: a ridge in the units of the standardised context.
+_SLOPE_PRIOR = 10.0
+
+
+class ContextWhitening(nn.Module):
+    """Maps features x [B, C, h, w] of images to z [B, P, C], standard normal where the image is normal.
+
+    Args:
+        channels: C.
+        grid: (h, w), P = h w positions.
+        context: number of context components K; 0 = the Gaussian of the position alone.
+        shrinkage: weight of the identity in each position's covariance, in globally whitened space, in (0, 1].
+        ridge: added to the eigenvalues of the global correlation.
+
+    Attributes:
+        mean: [P, C], c_p.
+        factor: [P, C, C]: z = factor (x - mean) - slope u.
+        slope: [P, C, K].
+        logdet: [P], log |det dz/dx| at each position.
+        centre, basis: [D] and [D, K]: context u = (pooled features - centre) @ basis.
+    """
+
+    mean: Tensor
+    factor: Tensor
+    slope: Tensor
+    logdet: Tensor
+    centre: Tensor
+    basis: Tensor
+
+    def __init__(
+        self, channels: int, grid: tuple[int, int], context: int, shrinkage: float = 0.3, ridge: float = 0.01
+    ) -> None:
+        super().__init__()
+        positions = grid[0] * grid[1]
+        cells = min(_CELLS, grid[0]) * min(_CELLS, grid[1])
+        self.grid = grid
+        self.context, self.shrinkage, self.ridge = context, shrinkage, ridge
+        self.register_buffer("mean", torch.zeros(positions, channels))
+        self.register_buffer("factor", torch.eye(channels).repeat(positions, 1, 1))
+        self.register_buffer("slope", torch.zeros(positions, channels, context))
+        self.register_buffer("logdet", torch.zeros(positions))
+        self.register_buffer("centre", torch.zeros(channels * cells))
+        self.register_buffer("basis", torch.zeros(channels * cells, context))
+
+    def pooled(self, features: Tensor) -> Tensor:
+        """Return the features of [B, C, h, w] on at most 8 x 8 cells, flat: [B, D]."""
+        cells = (min(_CELLS, features.shape[2]), min(_CELLS, features.shape[3]))
+        return F.adaptive_avg_pool2d(features, cells).flatten(1)
+
+    def describe(self, features: Tensor) -> Tensor:
+        """Return the context u [B, K] of features [B, C, h, w], about unit variance per component."""
+        return (self.pooled(features) - self.centre) @ self.basis
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return z [B, P, C] of features [B, C, h, w]."""
+        centred = features.flatten(2).permute(2, 1, 0) - self.mean.unsqueeze(2)  # [P, C, B]
+        z = torch.bmm(self.factor, centred)
+        if self.context:
+            z = z - self.slope @ self.describe(features).T
+        return z.permute(2, 0, 1)
+
+    def learn(self, rows: Rows, which: Sequence[int]) -> None:
+        """Take mean, slopes and covariances from the images ``which``; ``rows`` gives features [n, C, h, w].
+
+        Raises:
+            InputError: fewer than two images, or features that are not finite.
+        """
+        which = list(which)
+        if len(which) < 2:
+            raise InputError(f"{len(which)} training image gives no covariance, expected at least 2")
+        channels = self.mean.shape[1]
+        kept = min(self.context, len(which) - 1)
+        whole = Moments(1, channels)
+        for features in _batches(rows, which):
+            whole.add(features.permute(0, 2, 3, 1).reshape(-1, 1, channels))
+        world = whitening(whole, self.ridge)
+        self._learn_context(
+            rows, which, world.mean, whole.covariance()[0].diagonal().clamp(min=0).sqrt(), kept
+        )
+        matrix = world.matrix()  # z = (x - world.mean) @ matrix
+        moments = Moments(self.mean.shape[0], channels + kept)
+        for features in _batches(rows, which):
+            z = (features.flatten(2).transpose(1, 2).double() - world.mean) @ matrix  # [n, P, C]
+            u = self.describe(features)[:, :kept].double()
+            moments.add(torch.cat([z, u.unsqueeze(1).expand(-1, z.shape[1], -1)], 2))
+        self._solve(moments, world.mean, matrix, kept)
+
+    def _learn_context(
+        self, rows: Rows, which: list[int], mean: Tensor, deviation: Tensor, kept: int
+    ) -> None:
+        self.basis.zero_()
+        self.centre.zero_()
+        if kept == 0:
+            return
+        step = -(-len(which) // _BASIS_ROWS)
+        seen = torch.cat([self.pooled(f) for f in _batches(rows, which[::step])]).double()  # [n, D]
+        cells = seen.shape[1] // len(mean)
+        # Every channel counts alike, as in the correlation that the whitening is taken from.
+        weight = 1 / deviation.clamp(min=float(deviation.mean()) * 1e-3 + 1e-12)
+        weight = weight.repeat_interleave(cells)
+        centre = seen.mean(0)
+        centred = (seen - centre) * weight
+        values, vectors = torch.linalg.eigh(
+            centred @ centred.T
+        )  # principal components through the n x n Gram matrix
+        kept = min(kept, len(seen) - 1)
+        values, vectors = values[-kept:].flip(0), vectors[:, -kept:].flip(1)
+        good = values > values[0] * 1e-9
+        # Component k of an image is vectors[:, k] * sqrt(values[k]); divided by its deviation over the
+        # images.
+        scale = torch.where(good, (len(seen) - 1) ** 0.5 / values.clamp(min=1e-30), torch.zeros(()).double())
+        self.centre.copy_(centre)
+        self.basis[:, :kept] = (weight.unsqueeze(1) * (centred.T @ vectors) * scale).to(self.basis.dtype)
+
+    def _solve(self, moments: Moments, world: Tensor, matrix: Tensor, kept: int) -> None:
+        channels, count = self.mean.shape[1], moments.count
+        covariance = moments.covariance()
+        own = covariance[:, :channels, :channels]
+        used = 0.0
+        slope = torch.zeros(len(own), channels, self.context, dtype=torch.float64)
+        if kept:
+            cross = covariance[:, :channels, channels:]  # [P, C, K]
+            context = covariance[0, channels:, channels:]  # the same at every position
+            prior = _SLOPE_PRIOR / count * torch.eye(kept, dtype=torch.float64)
+            slope[..., :kept] = torch.linalg.solve(context + prior, cross.transpose(1, 2)).transpose(1, 2)
+            b = slope[..., :kept]
+            own = (
+                own - b @ cross.transpose(1, 2) - cross @ b.transpose(1, 2) + b @ context @ b.transpose(1, 2)
+            )
+            # Degrees of freedom that the slopes have used up make residuals too small by that share.
+            used = float(torch.linalg.solve(context + prior, context).diagonal().sum())
+        own = own * ((count - 1) / max(1.0, count - 1 - used))
+        factor, log_det = inverse_factor(shrink(own, self.shrinkage))
+        # The context has mean 0 over the images of the basis, which may be a part of all.
+        centre = moments.mean[:, :channels] - (slope[..., :kept] @ moments.mean[:, channels:, None]).squeeze(
+            2
+        )
+        back = torch.linalg.inv(matrix)
+        self.mean.copy_(world + centre @ back)
+        self.factor.copy_(factor @ matrix.T)
+        self.slope.copy_(factor @ slope)
+        self.logdet.copy_(torch.linalg.slogdet(matrix)[1] - 0.5 * log_det)
+
+
+def _batches(rows: Rows, which: Sequence[int]) -> Iterator[Tensor]:
+    for start in range(0, len(which), _BATCH):
+        yield rows(which[start : start + _BATCH])
