@@ -87,6 +87,15 @@ def test_clusters_are_those_of_the_iterated_procedure(level: np.ndarray) -> None
     np.testing.assert_array_equal(found, naive_tree(level, unit))
 
 
+@pytest.mark.parametrize(("row", "areas"), [([6, 3, 3, 6], [4, 4, 4, 4]), ([6, 3, 3, 3], [1, 0, 0, 0])])
+def test_ties_merge_siblings_but_keep_the_smaller_of_a_chain(row: list[int], areas: list[int], path: str) -> None:
+    # One pixel at level 6 is worth 36, four at level 3 as well.
+    level = np.array([row], dtype=np.float64)
+    ranks, value, area, _ = _maxtree.best_regions(level, level**2, np.zeros(5), -np.inf)
+    assert np.where(ranks >= 0, area[ranks], 0).tolist() == [areas]
+    np.testing.assert_array_equal(np.where(ranks >= 0, value[ranks], np.nan), naive_tree(level, level**2))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     hnp.arrays(np.float64, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.floats(0, 40)),
@@ -174,6 +183,13 @@ def test_area_charge_finds_smaller_defects_than_the_whole_image_charge() -> None
     chi2[0, 10, 10] = 40 * 5.0
     assert nfa.tree([(chi2, 40.0)], (32, 32), tests="image").max() < 0
     assert nfa.tree([(chi2, 40.0)], (32, 32), tests="area").max() > 0
+
+
+def test_no_region_is_worse_than_no_evidence() -> None:
+    # A plateau just above the mean is one large region: many tests, hardly any evidence.
+    score = nfa.tree([(np.full((1, 16, 16), 30.001), 30.0)], (16, 16), tests="area")
+    # 256 places, one shape of area 1 (0.316915 * 4.062570 by the formula), 256 areas.
+    assert score.min() == pytest.approx(-np.log10(256 * 0.316915 * 4.062570 * 256), rel=1e-6)
 
 
 def test_equal_regions_both_survive(path: str) -> None:
