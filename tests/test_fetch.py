@@ -92,9 +92,7 @@ def left_behind(home: Path) -> list[str]:
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_the_right_file_comes(
-    files: FileServer, tmp_path: Path, script: list[Any], options: dict[str, Any]
-) -> None:
+def test_the_right_file_comes(files: FileServer, tmp_path: Path, script: list[Any], options: dict[str, Any]) -> None:
     files.add("/it", CONTENT, *script, **options)
     path = fetch.fetch(file_at(files.url("/it")), patience=FAST)
     assert path.read_bytes() == CONTENT
@@ -218,9 +216,7 @@ def test_a_proxy_of_the_environment_is_used(files: FileServer, monkeypatch: pyte
     ],
     ids=["404", "401", "hash", "short", "hash-unsized", "html", "stall", "file-redirect", "429"],
 )
-def test_one_clear_error(
-    files: FileServer, tmp_path: Path, script: list[Any], size: int | None, says: str
-) -> None:
+def test_one_clear_error(files: FileServer, tmp_path: Path, script: list[Any], size: int | None, says: str) -> None:
     files.add("/it", CONTENT, *script)
     with pytest.raises(UnavailableError, match=says) as caught:
         fetch.fetch(file_at(files.url("/it"), size=size), patience=FAST)
@@ -853,9 +849,7 @@ def test_the_hub_says_no_in_one_line(hub: HubServer, tmp_path: Path, file: zoo.F
     assert left_behind(tmp_path / "home") == []
 
 
-def test_a_hub_that_is_down_then_the_mirror(
-    hub: HubServer, files: FileServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_is_down_then_the_mirror(hub: HubServer, files: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client is patient for 20 s
     files.add("/it", CONTENT)
@@ -891,6 +885,26 @@ def test_a_detector_is_pushed_with_its_card_and_pulled(hub: HubServer, tmp_path:
     assert again != commit
     done = download(f"hub:me/cable@{commit}")
     assert done.paths[0].read_bytes() == CONTENT
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
+def test_a_pulled_detector_scores_like_the_pushed_one(hub: HubServer, tmp_path: Path) -> None:
+    import torch
+
+    from adflow.cli import run
+    from adflow.data import Images, mvtec
+    from adflow.detector_file import load_detector
+
+    data = make_mvtec(tmp_path / "data" / "mvtec", ["cable"], good=1, bad=1)
+    where = ["--data-root", str(data.parent), "--runs", str(tmp_path / "runs"), "--quiet"]
+    assert run(["fit", "mvtec/cable", "--method", "padim", "--size", "64", *where]) == 0
+    (pushed,) = (tmp_path / "runs").rglob("detector.safetensors")
+    commit = fetch.push_detector(pushed, "me/cable", card(), token=hub.token)
+    pulled = fetch.pull_detector("me/cable", revision=commit)
+    images = next(Images(mvtec.read(data, "cable").test, (64, 64)).batches(8))
+    ours, theirs = (load_detector(path).score(images) for path in (pushed, pulled))
+    assert pulled != pushed
+    assert torch.equal(ours.map, theirs.map) and torch.equal(ours.image, theirs.image)
 
 
 def test_the_card_reads_back_as_a_model_index(hub: HubServer) -> None:

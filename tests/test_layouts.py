@@ -39,9 +39,7 @@ def test_a_layout_is_recognised_by_its_folder_and_found_by_name(family: str, tmp
 @pytest.mark.parametrize("family", MAKERS)
 def test_every_sample_reads_and_its_mask_fits(family: str, tmp_path: Path) -> None:
     make, _ = MAKERS[family]
-    for one in open_data(
-        make(tmp_path / "test" / "goods" / family)
-    ):  # words that misled loaders by their path
+    for one in open_data(make(tmp_path / "test" / "goods" / family)):  # words that misled loaders by their path
         assert {sample.label for sample in one.train} == {0}
         assert {sample.label for sample in one.test} == {0, 1}
         assert not {s.image for s in one.train} & {s.image for s in one.test}
@@ -86,6 +84,24 @@ def test_mvtec_reads_grey_classes_as_rgb_and_combined_as_a_defect(tmp_path: Path
         assert image.mode == "L"
     assert read_image(screw.train[0].image).shape[2] == 3
     assert {s.defect for s in screw.test} == {None, "combined", "scratch"}
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_layout_is_fitted_and_evaluated_by_the_commands(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from adflow.cli import run
+
+    make, names = MAKERS[family]
+    make(tmp_path / family)
+    where = ["--data-root", str(tmp_path), "--runs", str(tmp_path / "runs"), "--quiet"]
+    # A row a class is printed, and the planted squares are found: they are far brighter than the texture.
+    assert run(["fit", names[-1], "--method", "padim", "--size", "64", *where]) == 0
+    capsys.readouterr()
+    assert run(["evaluate", names[-1], "--json", *where]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["class"] for row in rows] == [names[-1].partition("/")[2]]
+    assert rows[0]["pixel_auroc"] > 0.9
 
 
 # ---- ShanghaiTech Campus
@@ -167,9 +183,7 @@ def test_videos_must_be_decoded_first_and_are_told_so(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match=r"1 training videos of scene 01 .* 01_099\.avi") as caught:
         stc.read(tmp_path, "01")
     assert "adflow download stc/01" in (caught.value.hint or "")
-    assert stc.read(tmp_path, "02").notes == [
-        "training frames: made by another tool, stride and quality not recorded"
-    ]
+    assert stc.read(tmp_path, "02").notes == ["training frames: made by another tool, stride and quality not recorded"]
 
 
 def test_videos_are_decoded_as_a_stream(tmp_path: Path) -> None:
@@ -238,9 +252,7 @@ def test_lgg_ignores_its_nested_copy(tmp_path: Path) -> None:
     assert not any("lgg-mri-segmentation" in str(s.image) for s in (*twice.train, *twice.test))
 
 
-@pytest.mark.parametrize(
-    ("margin", "numbers"), [(0, {2, 3, 7, 8, 9}), (2, {2, 8, 9}), (3, {9}), (1, {2, 3, 7, 8, 9})]
-)
+@pytest.mark.parametrize(("margin", "numbers"), [(0, {2, 3, 7, 8, 9}), (2, {2, 8, 9}), (3, {9}), (1, {2, 3, 7, 8, 9})])
 def test_lgg_keeps_its_distance_from_tumours(tmp_path: Path, margin: int, numbers: set[int]) -> None:
     """Slices 4 to 6 show a tumour and slice 1 is black: the ends of the head hold no brain."""
     one = lgg_mri.read(make_lgg(tmp_path, nested=False), margin=margin)
