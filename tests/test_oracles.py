@@ -516,3 +516,288 @@ def test_nfa_block_is_the_originals(case: str, precision: str) -> None:
     found = nfa.block(latents, expected.shape[-2:], precision=precision)
     finite = np.isfinite(expected)
     np.testing.assert_allclose(found[finite], expected[finite], rtol=0, atol=1e-9)
+
+
+# ---- positional_encoding.npz, cflow_*.npz: CFLOW-AD ------------------------------------------------------------------
+
+
+def test_positional_encoding_is_the_originals() -> None:
+    from adflow.flows import positional_encoding
+
+    for name, expected in oracle("positional_encoding").items():
+        channels, height, width = expected.shape
+        # The original multiplies in float32: the angle of index i is off by about i * 6e-8, and so is its sine.
+        tolerance = 2e-6 * max(1.0, max(height, width) / 32)
+        found = positional_encoding(channels, height, width).numpy()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance, err_msg=name)
+
+
+def cflow_decoder(state: dict[str, Any], prefix: str) -> tuple[Any, int]:
+    """Return the decoder whose weights are ``prefix*`` in ``state``, and the width of its condition."""
+    from adflow.flows import chain, linear_subnet, load_original
+
+    keys = [key for key in state if key.startswith(prefix)]
+    blocks = 1 + max(int(key[len(prefix) :].split(".")[1]) for key in keys)
+    channels = state[f"{prefix}module_list.0.global_offset"].shape[1]
+    hidden, inputs = state[f"{prefix}module_list.0.subnet.0.weight"].shape
+    condition = inputs - (channels - channels // 2)
+    decoder = chain(
+        channels,
+        blocks,
+        condition=condition,
+        subnet=linear_subnet(hidden=hidden),
+        clamp=1.9,
+        permutation="soft",
+    )
+    load_original(decoder, state, prefix=prefix)
+    return decoder, condition
+
+
+def tags(name: str) -> list[str]:
+    path = FOLDER / f"{name}.npz"
+    return sorted({key.split("_")[0] for key in np.load(path).files}) if path.exists() else ["absent"]
+
+
+@pytest.mark.parametrize("tag", tags("cflow_decoder"))
+def test_cflow_decoder_is_the_originals(tag: str) -> None:
+    import torch
+
+    from adflow.flows import FusedChain, log_likelihood
+    from adflow.methods._cflow_paper import fiber_loss
+
+    arrays = {k.removeprefix(f"{tag}_"): v for k, v in oracle("cflow_decoder").items() if k.startswith(f"{tag}_")}
+    decoder, _ = cflow_decoder(weights("cflow_decoder"), f"{tag}.")
+    x, condition = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["cond"])
+    channels = x.shape[1]
+    z, logdet = decoder(x, [condition])
+    likelihood = log_likelihood(z, logdet)
+    loss = fiber_loss(likelihood, channels)
+    loss.backward()
+
+    def close(found: Any, name: str, rel: float = 0.0, atol: float = 0.0) -> None:
+        expected = arrays[name]
+        bound = rel * float(np.abs(expected).max()) + atol
+        np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=bound, err_msg=name)
+
+    # Tolerances: ten times the original's own difference between float32 and float64.
+    close(z, "z", rel=1e-5)
+    close(logdet, "logdet", rel=2e-5)
+    close(likelihood / channels, "logp_per_dim", atol=5e-4)
+    close(loss, "loss", rel=1e-5)
+    parameters = dict(decoder.named_parameters())
+    norms = {key.removeprefix("gradnorm."): v for key, v in arrays.items() if key.startswith("gradnorm.")}
+    assert set(norms) == set(parameters)
+    for name, norm in norms.items():
+        assert float(parameters[name].grad.norm()) == pytest.approx(float(norm), rel=1e-4, abs=1e-9), name
+    for key, gradient in arrays.items():
+        if key.startswith("grad."):
+            found = parameters[key.removeprefix("grad.")].grad.numpy()
+            np.testing.assert_allclose(found, gradient, rtol=0, atol=1e-4 * float(np.abs(gradient).max()))
+    back, inverse_logdet = decoder(torch.from_numpy(arrays["z"]), [condition], rev=True)
+    close(back, "inv_x", rel=3e-5)
+    close(inverse_logdet, "inv_logdet", rel=2e-5)
+    fused = log_likelihood(*FusedChain(decoder, condition)(x)) / channels
+    close(fused, "logp_per_dim", atol=5e-4)
+    exact = FusedChain(decoder.double(), condition.double())(x.double())
+    # Rotations were stored in float32, whose transpose is not an exact inverse: their rounding remains.
+    close(log_likelihood(*exact) / channels, "logp_per_dim_f64", atol=5e-5)
+
+
+def test_cflow_training_steps_are_the_originals() -> None:
+    import torch
+
+    from adflow.flows import log_likelihood, positional_encoding
+    from adflow.methods._cflow_paper import fiber_loss, fiber_steps, paper_rate
+    from adflow.methods._train import train
+
+    arrays, state = oracle("cflow_training"), weights("cflow_training")
+    taps = sorted(key for key in arrays if key.startswith("feat"))
+    features = [torch.from_numpy(arrays[key]) for key in taps]
+    made = [cflow_decoder(state, f"init.dec{i}.") for i in range(len(taps))]
+    decoders = torch.nn.ModuleList(decoder for decoder, _ in made)
+    codes = [
+        positional_encoding(width, *x.shape[2:]).flatten(1).T for x, (_, width) in zip(features, made, strict=True)
+    ]
+    orders = iter([torch.from_numpy(arrays[key]) for key in sorted(k for k in arrays if k.startswith("perm"))])
+    batch = int(arrays["batch_size"])
+    per_pass = len(features[0]) // batch
+    epochs = arrays["meta_epochs_run"].tolist()
+    per_epoch = len(arrays["lr_per_batch"]) // len(epochs)
+    steps, rates, lr_per_batch = [], [], []
+    for epoch in epochs:
+        for k in range(per_epoch):
+            start = k % per_pass * batch
+            lr_per_batch.append(2e-4 * paper_rate(epoch * per_epoch + k, per_epoch))
+            pyramid = [x[start : start + batch] for x in features]
+            for step in fiber_steps(pyramid, codes, int(arrays["N"]), lambda _: next(orders)):
+                steps.append(step)
+                rates.append(lr_per_batch[-1] / 2e-4)
+    np.testing.assert_allclose(lr_per_batch, arrays["lr_per_batch"], rtol=0, atol=1e-12)
+    losses = []
+
+    def loss(step: Any) -> Any:
+        tap, vectors, code = step
+        z, logdet = decoders[tap](vectors, [code])
+        value = fiber_loss(log_likelihood(z, logdet), vectors.shape[1])
+        losses.append(float(value.detach()))
+        return value
+
+    train(decoders, loss, iter(steps), steps=len(steps), lr=2e-4, schedule=lambda step: rates[step])
+    # Another order of sums in float32; Adam amplifies the rounding of tiny gradients.
+    np.testing.assert_allclose(losses, arrays["step_loss"], rtol=0, atol=1e-5)
+    checked = 0
+    for i, decoder in enumerate(decoders):
+        for name, parameter in decoder.named_parameters():
+            norm = float(arrays[f"final_norm.dec{i}.{name}"])
+            found = float(parameter.detach().double().norm())
+            assert found == pytest.approx(norm, abs=1e-4 * parameter.numel() ** 0.5), name
+            key = f"final.dec{i}.{name}"
+            if key in state:
+                checked += 1
+                torch.testing.assert_close(parameter.detach(), state[key], rtol=0, atol=1e-4)
+    assert checked
+
+
+def test_cflow_schedule_is_the_originals() -> None:
+    from adflow.methods._cflow_paper import META_EPOCHS, RATE, SUB_EPOCHS, paper_rate
+
+    expected = oracle("cflow_training")["schedule_lr"]
+    epochs, passes, batches = expected.shape
+    assert (epochs, passes) == (META_EPOCHS, SUB_EPOCHS)
+    found = [RATE * paper_rate(k, passes * batches) for k in range(expected.size)]
+    np.testing.assert_allclose(found, expected.ravel(), rtol=0, atol=1e-12)
+
+
+def test_cflow_scores_are_the_originals(tiny_backbone: Any) -> None:
+    import torch
+
+    from adflow.flows import load_original
+    from adflow.methods._cflow_paper import probability_map
+    from adflow.methods.cflow import CFlow
+
+    arrays, state = oracle("cflow_scoring"), weights("cflow_scoring")
+    taps = range(len([key for key in arrays if key.startswith("feat")]))
+    pyramid = [torch.from_numpy(arrays[f"feat{i}"]) for i in taps]
+    height, width = arrays["score_map"].shape[1:]
+    made = [cflow_decoder(state, f"dec{i}.") for i in taps]
+    detector = CFlow(
+        tiny_backbone,
+        joint=False,
+        whiten="none",
+        position=made[0][1],
+        blocks=len(made[0][0]),
+        normaliser="train",
+        smooth=0.0,
+        image_score="max",
+        margin=0.0,
+    )
+    grids = [(x.shape[2], x.shape[3]) for x in pyramid]
+    detector.prepare([x.shape[1] for x in pyramid], grids, (height, width), torch.Generator())
+    for i in taps:
+        load_original(detector.decoders[i], state, prefix=f"dec{i}.")
+    detector.eval()
+    with torch.inference_mode():
+        likelihoods = [values.double() for values in detector.likelihoods(pyramid)]
+        for i, values in enumerate(likelihoods):
+            # float32 decoders against float32 decoders: ten times the original's own noise of 2e-6
+            np.testing.assert_allclose(values, arrays[f"loglik_per_dim{i}"], rtol=0, atol=2e-5)
+        # The paper's normaliser: the maximum over all images that are scored together.
+        normal = probability_map(likelihoods, (height, width))
+        found = (normal.max() - normal).numpy()
+        np.testing.assert_allclose(found, arrays["score_map"], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(found.max((1, 2)), arrays["image_score"], rtol=0, atol=1e-5)
+        # Ours: a maximum that was learned before; with the same numbers it is the same map, up to a constant.
+        detector.log_top_.copy_(torch.tensor([float(arrays[f"testset_max{i}"]) for i in taps]))
+        ours = detector.score_maps(pyramid, (height, width)).double().numpy()
+    shift = ours - arrays["score_map"]
+    np.testing.assert_allclose(shift, shift.mean(), rtol=0, atol=1e-5)
+
+
+# ---- fastflow_*.npz, csflow.npz, differnet.npz: flows on feature maps and on pooled features ---------------
+
+FASTFLOW = sorted(path.stem for path in FOLDER.glob("fastflow_*.npz")) or ["fastflow"]
+
+
+def assert_gradients_like(arrays: dict[str, np.ndarray], ours: dict[str, Any]) -> None:
+    wanted = {key.removeprefix("gradnorm."): value for key, value in arrays.items() if key.startswith("gradnorm.")}
+    assert wanted and set(wanted) == set(ours)
+    for key, value in wanted.items():
+        assert ours[key].grad is not None, key
+        # The original's own float32 noise times ten; parameters that cancel to nothing are compared absolutely.
+        np.testing.assert_allclose(float(ours[key].grad.norm()), float(value), rtol=1e-3, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("name", FASTFLOW)
+def test_fastflow_likelihood_gradients_inverse_and_map(name: str) -> None:
+    import torch
+
+    from adflow.flows import load_original
+    from adflow.methods._flow_maps import likelihood_maps
+    from adflow.methods.fastflow import conv_chain, flow_loss
+
+    arrays, state = oracle(name), weights(name)
+    taps = sum(key.startswith("feat_in") for key in arrays)
+    features = [torch.from_numpy(arrays[f"feat_in{i}"]) for i in range(taps)]
+    several = any(key.startswith("nf_flows.") for key in state)
+    ours: dict[str, Any] = {}
+    latents = []
+    for i, x in enumerate(features):
+        prefix = f"nf_flows.{i}." if several else ""
+        first = {
+            int(key.split(".module_list.")[-1].removeprefix("module_list.").split(".")[0]): value
+            for key, value in state.items()
+            if key.startswith(f"{prefix}module_list.") and key.endswith("subnet.0.weight")
+        }
+        kernels = "31" if any(weight.shape[-1] == 1 for weight in first.values()) else "3"
+        ratio = (first[0].shape[0] + 0.5) / first[0].shape[1]
+        flow = conv_chain(tuple(x.shape[1:]), len(first), kernels=kernels, hidden=ratio)
+        load_original(flow, state, prefix=prefix)
+        ours |= {f"{prefix}{key}": value for key, value in flow.named_parameters()}
+        if f"norms.{i}.weight" in state:
+            norm = torch.nn.LayerNorm(x.shape[1:])
+            load_original(norm, state, prefix=f"norms.{i}.")
+            ours |= {f"norms.{i}.{key}": value for key, value in norm.named_parameters()}
+            x = norm(x)
+            np.testing.assert_allclose(x.detach(), arrays[f"feat_norm{i}"], atol=1e-5)
+        z, logdet = flow(x)
+        # Ten times the original's own float32 noise: z relative to its largest, logdet relative 8e-6.
+        expected = arrays[f"z{i}"]
+        np.testing.assert_allclose(z.detach(), expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
+        np.testing.assert_allclose(logdet.detach(), arrays[f"logdet{i}"], rtol=1e-4, atol=5e-3)
+        back, undone = flow(z.detach(), rev=True)
+        np.testing.assert_allclose(back.detach(), x.detach(), atol=1e-4 * float(x.detach().abs().max()))
+        np.testing.assert_allclose(undone.detach(), -logdet.detach(), rtol=1e-4, atol=5e-3)
+        latents.append((z, logdet))
+    loss = flow_loss(latents)
+    np.testing.assert_allclose(float(loss.detach()), float(arrays["loss"]), rtol=1e-5)
+    loss.backward()
+    assert_gradients_like(arrays, ours)
+    if "anomaly_map" in arrays:
+        maps = likelihood_maps([z.detach() for z, _ in latents], arrays["anomaly_map"].shape[-2:], 0.0)
+        np.testing.assert_allclose(maps, arrays["anomaly_map"][:, 0], rtol=0, atol=2e-6)
+        np.testing.assert_allclose(maps.flatten(1).amax(1), arrays["image_score"], rtol=0, atol=2e-6)
+
+
+def test_fastflow_paper_recipe_loads_the_implementations_checkpoint(tiny_backbone: Any) -> None:
+    import torch
+
+    from adflow.methods.fastflow import FastFlow
+
+    arrays, state = oracle("fastflow_res"), weights("fastflow_res")
+    features = [torch.from_numpy(arrays[key]) for key in sorted(arrays) if key.startswith("feat_in")]
+    size = arrays["anomaly_map"].shape[-2:]
+    recipe = FastFlow.recipe_for("paper-resnet18")
+    settings = {key: value for key, value in recipe.items() if key not in ("backbone", "taps", "size")}
+    detector = FastFlow(tiny_backbone, **settings)
+    channels, grids = [f.shape[1] for f in features], [tuple(f.shape[2:]) for f in features]
+    detector.prepare(channels, grids, size, torch.Generator())
+    detector.load_original(state)
+    with torch.no_grad():
+        maps = detector.score_maps(features, size)
+        np.testing.assert_allclose(maps, arrays["anomaly_map"][:, 0], rtol=0, atol=2e-6)
+        scores = detector.score_images(features, maps, None)
+        np.testing.assert_allclose(scores, arrays["image_score"], rtol=0, atol=2e-6)
+        energies = detector.energy_features(features)
+    for energy, key in zip(energies, sorted(k for k in arrays if k.startswith("z")), strict=True):
+        assert energy.dof == arrays[key].shape[1]
+        np.testing.assert_allclose(energy.chi2, np.square(arrays[key]).sum(1), rtol=1e-4, atol=1e-4)

@@ -26,21 +26,20 @@ SIZES = dict.fromkeys(
 ) | {"transistor": 128}
 
 
-def paper_rate(batch: int, batches: int) -> float:
+def paper_rate(batch: int, per_epoch: int) -> float:
     """Return the factor of the learning rate for an image batch, counted over the whole training.
 
-    Cosine over meta-epochs from 1 to ``LOWEST_RATE``, constant within one; in the first two a linear ramp
-    per batch from a tenth to the cosine's value at the third (utils.py of the original).
+    Cosine over meta-epochs from 1 to ``LOWEST_RATE``, constant within one; in the first two a linear ramp per
+    batch from a tenth to the cosine's value at the third (utils.py).
 
     Args:
-        batch: 0 .. META_EPOCHS * SUB_EPOCHS * batches - 1.
-        batches: image batches per sub-epoch.
+        batch: number of the image batch, from 0.
+        per_epoch: image batches per meta-epoch, that is per ``SUB_EPOCHS`` passes.
     """
 
     def cosine(epoch: float) -> float:
         return LOWEST_RATE + (1 - LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * epoch / META_EPOCHS))
 
-    per_epoch = SUB_EPOCHS * batches
     epoch = batch // per_epoch
     if epoch >= WARM_UP_EPOCHS:
         return cosine(epoch)

@@ -411,7 +411,7 @@ class CFlow(FeatureDetector):
         stretch = META_EPOCHS * SUB_EPOCHS / self.passes
 
         def factor(step: int) -> float:
-            return paper_rate(int(step // max(1, per) * stretch), batches)
+            return paper_rate(int(step // max(1, per) * stretch), SUB_EPOCHS * batches)
 
         self._train(steps(), max(1, self.passes * batches * per), factor, generator, progress, checkpoint)
 
