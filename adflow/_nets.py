@@ -1,11 +1,8 @@
-"""Nets cut after their last tap: how a classifier becomes a list of feature maps; plumbing of backbones.
-
-Every builder works on a net that lies on torch's meta device: shapes are found without computing, and no time
-goes into random weights that the file replaces anyway.
-"""
+"""Nets cut after their last tap: how a classifier becomes a list of feature maps; plumbing of backbones."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -150,6 +147,12 @@ class Intermediates(nn.Module):
 
     def __init__(self, net: Any, indices: Sequence[int], norm: bool) -> None:
         super().__init__()
+        if norm:
+            self.channels = [int(net.embed_dim)] * len(indices)
+            self.strides = [int(net.patch_embed.patch_size[0])] * len(indices)
+        else:
+            self.channels = [int(net.feature_info[i]["num_chs"]) for i in indices]
+            self.strides = [int(net.feature_info[i]["reduction"]) for i in indices]
         net.prune_intermediate_layers(list(indices), prune_norm=not norm, prune_head=True)
         self.net = net
         self.indices = list(indices)
@@ -192,12 +195,16 @@ def _ordered(taps: Sequence[str], known: Sequence[str]) -> list[str]:
 Cut = Callable[[Any, Sequence[str]], tuple[nn.Module, list[str]]]
 
 
-def measure(net: nn.Module, side: int) -> tuple[list[int], list[int]]:
-    """Return channels and strides of the maps of ``net`` for a square input of ``side``."""
+def measure(net: nn.Module) -> tuple[list[int], list[int]]:
+    """Return channels and strides of the maps of ``net``, from what it says of itself or by a small input."""
+    if isinstance(net, Intermediates):
+        return net.channels, net.strides
+    side = 128
     tensor = next(net.parameters())
     with torch.no_grad():
         maps: list[Tensor] = net(torch.zeros(1, 3, side, side, device=tensor.device, dtype=tensor.dtype))
-    return [m.shape[1] for m in maps], [round(side / m.shape[2]) for m in maps]
+    # Nets that do not pad, or pad too much, miss the power of two by a cell or two.
+    return [m.shape[1] for m in maps], [2 ** round(math.log2(side / m.shape[2])) for m in maps]
 
 
 def streamline(net: nn.Module) -> nn.Module:

@@ -212,12 +212,9 @@ def make_backbone(name: str = "lite0", taps: Sequence[str] | None = None, weight
 def _known(name: str, taps: Sequence[str] | None, weights: Path | None) -> Backbone:
     """Build a net of the table above."""
     recipe = _NETS[name]
+    file = find_weights(name, weights)
     full = _skeleton(recipe.source)
     wanted = recipe.taps if taps is None else taps
-    # On the meta device shapes cost nothing; the cut is made on a copy, as it removes what the file still
-    # holds.
-    channels, strides = _nets.measure(recipe.cut(copy.deepcopy(full), wanted)[0], recipe.size or 128)
-    file = find_weights(name, weights)
     state = read_weights(file.path)
     if recipe.depths and "_conv_stem.weight" in state:
         state = rename_lite(state, recipe.depths)
@@ -226,6 +223,7 @@ def _known(name: str, taps: Sequence[str] | None, weights: Path | None) -> Backb
     convolutional = recipe.size is None
     if convolutional:
         net = _nets.streamline(net)
+    channels, strides = _nets.measure(net)
     mean, std = recipe.norm
     backbone = Backbone(
         name, order, channels, strides, file.sha256, net, mean=mean, std=std, channels_last=convolutional
@@ -267,8 +265,7 @@ def _timm(name: str, taps: Sequence[str] | None, weights: Path | None) -> Backbo
     elif taps is None:
         taps = [f"f{i}" for i, info in enumerate(shape.feature_info) if info["reduction"] in (4, 8, 16)]
     cut: _nets.Cut = _nets.token_stages if transformer else _nets.feature_stages
-    side = config.input_size[1] if config.fixed_input_size or transformer else 128
-    channels, strides = _nets.measure(cut(shape.eval(), taps)[0], side)
+    channels, strides = _nets.measure(cut(shape, taps)[0])
     fallback = None
     if config.hf_hub_id:
         path = config.hf_hub_filename or "model.safetensors"
@@ -282,7 +279,7 @@ def _timm(name: str, taps: Sequence[str] | None, weights: Path | None) -> Backbo
         raise InputError(f"{file.path} does not hold the weights of {name}: {str(error).splitlines()[0]}") from error
     net, order = cut(full.eval(), taps)
     backbone = Backbone(name, order, channels, strides, file.sha256, net, mean=config.mean, std=config.std)
-    backbone.fixed_size = (side, side) if config.fixed_input_size or transformer else None
+    backbone.fixed_size = config.input_size[1:] if config.fixed_input_size or transformer else None
     return backbone
 
 
@@ -384,7 +381,7 @@ class CaitPair(Backbone):
         ]
         channels = [part.channels[0] for part in parts]
         super().__init__("cait-pair", wanted, channels, [16, 32], _joined_hash(parts), nn.ModuleList(parts))
-        self.fixed_size = (448, 448)
+        self.fixed_size = parts[0].fixed_size
 
     def to_precision(self, precision: str) -> Self:
         """Pass the choice on to both nets."""
@@ -395,7 +392,7 @@ class CaitPair(Backbone):
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the two maps of normalised ``images`` [B, 3, 448, 448]."""
         large, small = (part for part in self.net.children() if isinstance(part, Backbone))
-        half = F.interpolate(images, size=(224, 224), mode="bicubic", align_corners=True)
+        half = F.interpolate(images, size=small.fixed_size, mode="bicubic", align_corners=True)
         return [*large.features(images), *small.features(half)]
 
 
