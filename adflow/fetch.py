@@ -355,9 +355,8 @@ def _from_hub(source: Source, part: Path, sha256: str | None) -> str | None:
                 source.hub, source.path, repo_type=source.type, revision=source.revision, endpoint=endpoint()
             )
             etag = hub.get_hf_file_metadata(url).etag or ""
-            promised = (
-                etag if len(etag) == 64 else None
-            )  # large files carry their sha256; small ones git's own hash
+            # Large files carry their sha256, small ones git's own hash.
+            promised = etag if len(etag) == 64 else None
         path = hub.hf_hub_download(
             source.hub,
             source.path,
