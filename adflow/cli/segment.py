@@ -16,6 +16,9 @@ def segment(
     nfa: o.Nfa = None,
     flag_rate: o.FlagRate = None,
     threshold: o.Threshold = None,
+    null: Annotated[str, typer.Option(help="calibrated: counted on held-out images; gaussian: the paper's.")] = "calibrated",
+    bound: Annotated[str, typer.Option(help="Of --null gaussian: one-sided, or reference (the original's).")] = "one-sided",
+    tests: Annotated[str, typer.Option(help="Of --null gaussian: image (the original's charge) or area.")] = "image",
     min_area: Annotated[int, typer.Option(help="Drop regions of fewer pixels.", min=0)] = 0,
     overlays: Annotated[bool, typer.Option("--overlays/--no-overlays", help="Write pictures for people.")] = True,
     overlay_size: Annotated[
@@ -35,13 +38,23 @@ def segment(
 ) -> None:
     """Mark the defects: masks, overlays, regions.jsonl and COCO, at a false-alarm rate you choose."""
     from adflow.cli._inputs import gather, open_detector
-    from adflow.tasks._point import operating_point
+    from adflow.errors import UsageError, unknown
+    from adflow.tasks._null import GaussianNull
+    from adflow.tasks._point import gaussian_point, operating_point
     from adflow.tasks.segment import segment as run_segment
 
     talk = Talk(json=json, quiet=quiet, verbose=verbose)
     samples = gather(paths, data_root)
     detector, path = open_detector(model, runs, device, precision, weights, talk)
-    point = operating_point(detector, nfa=nfa, flag_rate=flag_rate, threshold=threshold)
+    if null not in ("calibrated", "gaussian"):
+        raise unknown("null model", null, ["calibrated", "gaussian"])
+    if null == "gaussian":
+        if flag_rate is not None or threshold is not None:
+            raise UsageError("--null gaussian goes with --nfa only")
+        detector = GaussianNull(detector, bound, tests)
+        point = gaussian_point(nfa)
+    else:
+        point = operating_point(detector, nfa=nfa, flag_rate=flag_rate, threshold=threshold)
     folder = out or path.parent / "segment"
     with talk.progress("segment") as progress:
         result = run_segment(

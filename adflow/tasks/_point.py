@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from adflow.detector import Detector
 from adflow.errors import InputError, UsageError
+
 
 @dataclass(frozen=True)
 class OperatingPoint:
     """Where the line between good and defective is drawn, and what that promises.
 
     Attributes:
-        kind: "nfa", "flag-rate" or "threshold".
+        kind: "nfa", "flag-rate", "threshold" or "gaussian".
         value: what was asked for.
         threshold: score map level at which a region counts as a defect.
         promise: one sentence for people.
@@ -69,3 +71,13 @@ def operating_point(
     level = calibration.threshold(nfa)
     promise = f"At most {nfa:.3g} false regions per good image, on average."
     return OperatingPoint("nfa", nfa, level, promise, calibration.observed(level))
+
+
+def gaussian_point(nfa: float | None) -> OperatingPoint:
+    """Return the operating point of the Gaussian null model: a map of -log10 NFA, cut at ``nfa`` (default 1)."""
+    eps = 1.0 if nfa is None else nfa
+    promise = (
+        f"NFA below {eps:g} if latents were independent and Gaussian. On real images they are not: "
+        "take it as an order of magnitude."
+    )
+    return OperatingPoint("gaussian", eps, -math.log10(eps), promise)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from adflow import __version__
 from adflow._files import atomic_write, make_folder, write_text
+from adflow.calibration import plain_regions
 from adflow.data import Sample
 from adflow.detector import Detector, Progress
 from adflow.imaging import Box, read_mask, restore
@@ -135,9 +136,9 @@ def find_regions(
     """Return the regions of one scored image and its mask [H, W] bool, both at the original size."""
     original = scored.original
     box = Box(0, 0, *scored.map.shape)
-    if detector.calibration is None:
-        from adflow.calibration import plain_regions
-
+    if point.kind == "gaussian":
+        small, found = plain_regions(scored.map, point.threshold, log10_nfa=np.negative)
+    elif detector.calibration is None:
         small, found = plain_regions(scored.map, point.threshold)
     else:
         small, found = detector.calibration.segment(scored.map, point.threshold)
@@ -175,6 +176,8 @@ def find_regions(
 
 def overlay_scale(detector: Detector, point: OperatingPoint) -> Scale:
     """Return the one colour scale of all images of a detector: 0 = ordinary, 1 = the alarm level."""
+    if point.kind == "gaussian":
+        return Scale.from_nfa(point.value)
     ordinary = detector.calibration.pixel_median if detector.calibration is not None else 0.0
     return Scale.from_alarm(ordinary, point.threshold)
 
