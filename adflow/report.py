@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 from rich.console import Group
@@ -46,8 +46,11 @@ METRICS: dict[str, tuple[str, bool]] = {
     "image_ap": ("image AP", True),
     "mean_iou": ("mean IoU", True),
     "mean_iou_oracle": ("mean IoU oracle", True),
+    "iou_defective": ("defects' IoU", True),
+    "iou_defective_oracle": ("defects' IoU oracle", True),
     "false_regions_per_normal": ("false regions", False),
     "flagged_share": ("flagged", True),
+    "missed_share": ("missed", True),
 }
 COUNTS: dict[str, str] = {
     "n_test": "test",
@@ -61,6 +64,7 @@ MEANING = {
     "hit": "hit: share of defects whose highest pixel lies on the mask",
     "false_regions_per_normal": "false regions: per normal image",
     "flagged_share": "flagged: share of normal images with an alarm",
+    "missed_share": "missed: share of defective images without one",
 }
 
 
@@ -99,6 +103,12 @@ def _words(value: Any) -> str:
     if value is None or value != value:
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+class Gridded(Protocol):
+    """What can be shown as a table."""
+
+    def grid(self) -> Grid: ...
 
 
 @dataclass(frozen=True)
@@ -271,12 +281,12 @@ class Report:
         """Return the table of classes for a terminal of `width` columns: what does not fit is left out."""
         return self.grid(width).rich()
 
-    def html(self, cells: Sequence[Cell] = (), comparison: Comparison | None = None) -> str:
+    def html(self, cells: Sequence[Cell] = (), comparison: Gridded | None = None) -> str:
         """Return one self-contained page: tables, curves, histograms with a movable threshold, pictures.
 
         Args:
             cells: what is shown class by class; pictures only of the images that `worst` chooses.
-            comparison: published numbers to stand beside ours.
+            comparison: published numbers, or another evaluation, to stand beside ours.
         """
         by_class = self.by_class()
         links = [

@@ -1,230 +1,383 @@
-"""``evaluate``: how good a fitted detector is on labelled images; one row a class."""
+"""``evaluate``: how good detectors are on labelled images, cell by cell, in a way that can be stopped and repeated."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
-from adflow import metrics
-from adflow.calibration import plain_regions
-from adflow.data import Dataset, Sample
+from adflow._files import make_folder, write_text
 from adflow.detector import Detector, Progress
-from adflow.errors import InputError
-from adflow.imaging import fitted, mask_to, read_mask
-from adflow.pipeline import Scored, run
-from adflow.tasks._point import OperatingPoint
+from adflow.detector_file import digest, load_detector
+from adflow.errors import AdflowError, InputError
+from adflow.pipeline import default_workers, single_threaded
+from adflow.runs import run_name
+from adflow.tasks._bank import TrainFeatures, can_share
+from adflow.tasks._cells import Job, Measuring, read_cell, write_cell
+from adflow.tasks._device import choose_device
+from adflow.tasks._jobs import run_units
+from adflow.tasks._measure import Evaluation, evaluate_detector
+from adflow.tasks._pictures import Drawer, draw
+from adflow.tasks._point import OperatingPoint, operating_point
+from adflow.tasks.fit import fit_detector, prepare, save_run
+
+__all__ = ["Done", "Outcome", "evaluate", "evaluate_detector"]
 
 
-@dataclass
-class Evaluation:
-    """One class, one detector.
+@dataclass(frozen=True)
+class Done:
+    """One cell is done, was there before, or failed.
 
     Attributes:
-        row: metrics as fractions, counts, times, with ``undefined`` for what has no value.
-        records: per image: path, label, defect, score, peak, regions, hit.
-        curves: "roc" (images) and "pro" (pixels) as :class:`adflow.metrics.Curve`.
+        job: which.
+        cell: its file's content; None when it failed.
+        error: why it failed.
+        reused: whether it was there before.
+        done: how many cells are done.
+        total: of how many.
+        left: estimated seconds until the last one is done; None when nothing is known.
     """
 
-    row: dict[str, Any]
-    records: list[dict[str, Any]]
-    curves: dict[str, metrics.Curve] = field(default_factory=dict)
+    job: Job
+    cell: dict[str, Any] | None
+    error: str | None
+    reused: bool
+    done: int
+    total: int
+    left: float | None
 
 
 @dataclass
-class _Image:
-    """What ``after`` computes in the worker for one image."""
+class Outcome:
+    """What an evaluation gave.
 
-    truth: np.ndarray
-    intersection: int
-    union: int
-    regions: int
-    hit: bool | None
+    Attributes:
+        cells: contents of the cells that succeeded, in the order planned.
+        rows: one row per planned cell, failed ones with their "error".
+        failed: the failed ones, job and reason.
+        reused: number of cells that were there before.
+    """
+
+    cells: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[tuple[Job, str]] = field(default_factory=list)
+    reused: int = 0
 
 
-def evaluate_detector(
-    detector: Detector,
-    data: Dataset,
+@dataclass(frozen=True)
+class _Item:
+    """A job with what a process needs to do it."""
+
+    job: Job
+    measuring: Measuring
+    out: Path
+    keep: Path | None
+    command: str | None
+
+
+def evaluate(
+    jobs: Sequence[Job],
+    measuring: Measuring,
+    out: Path,
     *,
-    point: OperatingPoint | None = None,
-    strict: bool = False,
-    workers: int | None = None,
+    processes: int = 1,
+    fresh: bool = False,
+    keep: Path | None = None,
+    command: str | None = None,
+    each: Callable[[Done], None] | None = None,
     progress: Progress | None = None,
-) -> Evaluation:
-    """Score the test images of ``data`` and compare with their masks, at the size of the network input.
+) -> Outcome:
+    """Compute the cells that are not there yet, each written when it is done.
+
+    Detectors are fitted with one torch thread, whatever the number of processes: results are the same bits.
 
     Args:
-        detector: fitted.
-        data: one class with test images of known label.
-        point: operating point of the automatic threshold; None leaves its columns out.
-        strict: an unreadable image is fatal.
-        workers: images at once.
+        jobs: from :func:`adflow.tasks._cells.plan_fits` or ``plan_model``.
+        measuring: as they were planned with.
+        out: folder; cells go to ``out/cells``, pictures to ``out/overlays``.
+        processes: cells at once, each in a process of its own when more than one.
+        fresh: compute cells that are there already, too.
+        keep: folder of runs in which fitted detectors are kept; None = they are forgotten.
+        command: what the user typed, for the provenance of kept detectors.
+        each: called when a cell is done.
         progress: called with (done, total, message).
 
     Raises:
-        InputError: there is no labelled test image.
+        AdflowError: the error of the only cell there is; with several a failed one becomes a row.
     """
-    labelled = [sample for sample in data.test if sample.label is not None]
-    if not labelled:
-        raise InputError(
-            f"{data.name} has no test image with a known label",
-            hint="Put good and defective test images in folders as `adflow list datasets` shows.",
-        )
-    assert detector.size is not None
-    size, keep = detector.size, detector.keep_aspect
-    tolerance = round(6 * min(size) / 256)
+    folder = make_folder(out / "cells")
+    found: dict[int, dict[str, Any]] = {}
+    errors: dict[int, str] = {}
+    clock = _Clock(jobs, processes)
+    pending = []
 
-    def compare(scored: Scored) -> _Image:
-        truth = truth_of(scored.sample, scored.map.shape, size, keep)
-        predicted, regions = np.zeros_like(truth), 0
-        if point is not None:
-            if detector.calibration is not None:
-                predicted, found = detector.calibration.segment(scored.map, point.threshold)
-            else:
-                predicted, found = plain_regions(scored.map, point.threshold)
-            regions = len(found)
-        hit = peak_on_mask(scored.map, truth, tolerance) if truth.any() else None
-        return _Image(truth, int((predicted & truth).sum()), int((predicted | truth).sum()), regions, hit)
-
-    maps, masks, records = [], [], []
-    began = time.perf_counter()
-    for scored in run(detector, labelled, after=compare, strict=strict, workers=workers):
-        sample = scored.sample
-        record: dict[str, Any] = {
-            "image": str(sample.image),
-            "label": sample.label,
-            "defect": sample.defect,
-            "score": scored.image,
-            "error": scored.error,
-        }
-        if scored.error is None:
-            image: _Image = scored.result
-            maps.append(scored.map)
-            masks.append(image.truth)
-            record |= {
-                "peak": float(scored.map.max()),
-                "intersection": image.intersection,
-                "union": image.union,
-                "regions": image.regions,
-                "hit": image.hit,
-            }
-        records.append(record)
+    def tell(index: int, cell: dict[str, Any] | None, error: str | None, reused: bool = False) -> None:
+        if cell is not None:
+            found[index] = cell
+        else:
+            errors[index] = error or "?"
+        done = len(found) + len(errors)
         if progress:
-            progress(len(records), len(labelled), "evaluating")
-    seconds = time.perf_counter() - began
-    good = [record for record in records if record["error"] is None]
-    if not good:
-        raise InputError(f"none of the {len(records)} test images of {data.name} could be read")
-    row = _row(detector, data, maps, masks, good, point)
-    row |= {"ms_per_image": 1e3 * seconds / len(records), "unreadable": len(records) - len(good)}
-    labels = [record["label"] for record in good]
-    curves = {"roc": metrics.roc_curve([record["score"] for record in good], labels)} if len(set(labels)) == 2 else {}
-    if any(mask.any() for mask in masks):
-        curves["pro"] = metrics.pro_curve(maps, masks)
-    return Evaluation(row, records, curves)
+            progress(done, len(jobs), "cells")
+        if each:
+            each(Done(jobs[index], cell, error, reused, done, len(jobs), clock.left(found, errors)))
+
+    for index, job in enumerate(jobs):
+        cell = None if fresh or job.error else read_cell(folder / f"{job.name}.json", job.key)
+        if cell is not None and keep is not None and job.options and not _kept(keep, job, cell):
+            cell = None
+        if cell is not None:
+            tell(index, cell, None, reused=True)
+        elif job.error:
+            if len(jobs) == 1:
+                raise InputError(job.error)
+            tell(index, None, job.error)
+        else:
+            pending.append(index)
+    reused = len(found)
+    workers = measuring.workers or max(1, default_workers() // max(1, processes))
+    measuring = replace(measuring, workers=workers)
+    units = _units(jobs, pending, processes)
+    items = [[_Item(jobs[i], measuring, out, keep, command) for i in unit] for unit in units]
+    clock.start()
+    for unit, place, result in _results(items, processes, progress, alone=len(jobs) == 1):
+        index = units[unit][place]
+        clock.took(index)
+        if isinstance(result, Exception):
+            tell(index, None, _reason(result))
+        else:
+            tell(index, read_cell(folder / f"{jobs[index].name}.json"), None)
+    rows = [
+        _row(found[i]) if i in found else {**job.head, "error": errors[i]} for i, job in enumerate(jobs)
+    ]
+    cells = [found[i] for i in sorted(found)]
+    return Outcome(cells, rows, [(jobs[i], errors[i]) for i in sorted(errors)], reused)
 
 
-def truth_of(sample: Sample, shape: tuple[int, ...], size: tuple[int, int], keep_aspect: bool) -> np.ndarray:
-    """Return the truth [h, w] bool on the grid of the score map; all false for a good image."""
-    if sample.mask is None:
-        return np.zeros(shape, bool)
-    mask = read_mask(sample.mask, sample.mask_index)
-    fitted_mask = mask_to(mask, size, keep_aspect)
-    if keep_aspect:
-        box = fitted(mask.shape, size, keep_aspect)
-        fitted_mask = fitted_mask[box.top : box.top + box.height, box.left : box.left + box.width]
-    return fitted_mask
+def _kept(keep: Path, job: Job, cell: dict[str, Any]) -> bool:
+    """Return whether the run of a cell is there, with the very detector that was measured."""
+    try:
+        return str(cell["detector"]) in (_run_folder(keep, job) / "fit.json").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
-def peak_on_mask(score_map: np.ndarray, truth: np.ndarray, tolerance: int, margin: float = 0.03) -> bool:
-    """Return whether the highest pixel, outer ``margin`` left out, lies within ``tolerance`` pixels of the mask.
-
-    An image can be ranked as defective for the wrong place; this tells such luck from detection.
-    """
-    h, w = score_map.shape
-    dy, dx = int(h * margin), int(w * margin)
-    inner = score_map[dy : h - dy, dx : w - dx]
-    y, x = np.unravel_index(int(inner.argmax()), inner.shape)
-    y, x = int(y) + dy, int(x) + dx
-    near = truth[max(0, y - tolerance) : y + tolerance + 1, max(0, x - tolerance) : x + tolerance + 1]
-    return bool(near.any())
+def _run_folder(keep: Path, job: Job) -> Path:
+    return keep / run_name(job.data.name, job.head["method"], job.head["backbone"], job.head["seed"] or 0)
 
 
-def _row(
-    detector: Detector,
-    data: Dataset,
-    maps: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray],
-    records: Sequence[dict[str, Any]],
-    point: OperatingPoint | None,
-) -> dict[str, Any]:
-    labels = np.array([record["label"] for record in records])
-    scores = np.array([record["score"] for record in records])
-    pixel = metrics.pixel_metrics(maps, masks)
-    image = metrics.image_metrics(scores, labels)
-    provenance = detector.provenance
-    hits = [record["hit"] for record in records if record["hit"] is not None]
-    undefined = {f"image_{k}": v for k, v in image.reasons.items()}
-    undefined |= {k if k == "aupro" else f"pixel_{k}": v for k, v in pixel.reasons.items()}
-    row: dict[str, Any] = {
-        "dataset": data.family,
-        "class": data.class_,
-        "method": detector.method(),
-        "backbone": detector.backbone.name,
-        "recipe": provenance.get("recipe"),
-        "seed": provenance.get("seed"),
-        "size": list(detector.size or ()),
-        "image_auroc": image.auroc,
-        "image_ap": image.ap,
-        "image_f1": image.f1_max,
-        "pixel_auroc": pixel.auroc,
-        "pixel_ap": pixel.ap,
-        "pixel_f1": pixel.f1_max,
-        "aupro": pixel.aupro,
-        "hit": float(np.mean(hits)) if hits else float("nan"),
-        "n_train": provenance.get("images"),
-        "n_test": len(labels),
-        "n_defects": int((labels == 1).sum()),
-        "n_regions": pixel.n_regions,
-        "fit_seconds": provenance.get("seconds"),
-        "undefined": undefined,
-        "defects": per_defect(maps, masks, records),
-    }
-    if point is not None:
-        # Intersection over union as in U-Flow: per image, both empty counts 1, normal images included.
-        iou = np.array([(r["intersection"] / r["union"]) if r["union"] else 1.0 for r in records])
-        normal, defective = labels == 0, labels == 1
-        regions = np.array([record["regions"] for record in records])
-        row |= {
-            "setting": f"{point.kind} {point.value:g}",
-            "mean_iou": float(iou.mean()),
-            "iou_defective": float(iou[defective].mean()) if defective.any() else float("nan"),
-            "false_regions_per_normal": float(regions[normal].mean()) if normal.any() else float("nan"),
-            "flagged_share": float((regions[normal] > 0).mean()) if normal.any() else float("nan"),
-            "missed_share": float((regions[defective] == 0).mean()) if defective.any() else float("nan"),
-        }
+def _row(cell: dict[str, Any]) -> dict[str, Any]:
+    """Return the table row of a cell: its results, and what they cost."""
+    row: dict[str, Any] = cell["row"] | {k: v for k, v in cell["cost"].items() if k in ("fit_seconds", "ms_per_image")}
     return row
 
 
-def per_defect(
-    maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], records: Sequence[dict[str, Any]]
-) -> dict[str, dict[str, float]]:
-    """Return the metrics of each kind of defect against all good images, the other kinds left out."""
-    kinds = sorted({record["defect"] for record in records if record["label"] == 1 and record["defect"]})
-    if len(kinds) < 2:
-        return {}
-    found: dict[str, dict[str, float]] = {}
-    for kind in kinds:
-        chosen = [i for i, record in enumerate(records) if record["label"] == 0 or record["defect"] == kind]
-        image = metrics.image_metrics([records[i]["score"] for i in chosen], [records[i]["label"] for i in chosen])
-        pixel = metrics.pixel_metrics([maps[i] for i in chosen], [masks[i] for i in chosen])
-        found[kind] = {
-            "n": sum(record["defect"] == kind for record in records),
-            "image_auroc": image.auroc,
-            "pixel_auroc": pixel.auroc,
-            "aupro": pixel.aupro,
-        }
-    return found
+def _units(jobs: Sequence[Job], pending: Sequence[int], processes: int) -> list[list[int]]:
+    """Return the cells in units that one process does one after the other; those that share features together.
+
+    Where there are fewer groups than processes the longest are halved: features are then extracted more than once,
+    at the same time.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index in pending:
+        job = jobs[index]
+        groups.setdefault(job.group if job.group and job.group[-1] else index, []).append(index)
+    units = list(groups.values())
+    while units and len(units) < processes and max(map(len, units)) > 1:
+        longest = max(range(len(units)), key=lambda i: len(units[i]))
+        unit = units.pop(longest)
+        units[longest:longest] = [unit[: (len(unit) + 1) // 2], unit[(len(unit) + 1) // 2 :]]
+    return units
+
+
+def _results(
+    items: list[list[_Item]], processes: int, progress: Progress | None, alone: bool
+) -> Iterator[tuple[int, int, Any]]:
+    if processes > 1 and sum(map(len, items)) > 1:
+        yield from run_units(work, items, processes)
+        return
+    with single_threaded():
+        for number, unit in enumerate(items):
+            for place, result in enumerate(work(unit, progress)):
+                if alone and isinstance(result, Exception):
+                    raise result
+                yield number, place, result
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, AdflowError | RuntimeError) else f"{type(error).__name__}: {error}"
+
+
+def work(unit: Sequence[_Item], progress: Progress | None = None) -> Iterator[Exception | None]:
+    """Compute the cells of a unit one after the other; yield None or what went wrong for each of them."""
+    features: TrainFeatures | None = None
+    try:
+        for item in unit:
+            failed: Exception | None = None
+            job = item.job
+            try:
+                if job.options is None:
+                    _measure_model(item, progress)
+                else:
+                    detector, size, keep_aspect = prepare(job.data, job.options)
+                    if features is None and len(unit) > 1 and can_share(detector, job.options.settings):
+                        detector.to(choose_device(job.options.device))
+                        features = TrainFeatures(
+                            detector,
+                            job.data.train,
+                            size,
+                            keep_aspect,
+                            job.options.strict,
+                            job.options.resources,
+                            progress,
+                        )
+                    _measure_fitted(item, detector, size, keep_aspect, features, progress)
+            except Exception as error:
+                # Hours of work must not end with one cell: whatever it is becomes its row, with the trace beside it.
+                failed = error
+                write_text(item.out / "cells" / f"{job.name}.failed.txt", traceback.format_exc())
+            yield failed
+    finally:
+        if features is not None:
+            features.close()
+
+
+def _measure_fitted(
+    item: _Item,
+    detector: Detector,
+    size: tuple[int, int],
+    keep_aspect: bool,
+    features: TrainFeatures | None,
+    progress: Progress | None,
+) -> None:
+    job = item.job
+    assert job.options is not None
+    # Named by the key: the state of another fit is never gone on with. Folds would overwrite each other's.
+    checkpoint = item.out / "cells" / f".{job.name}-{job.key[:8]}.checkpoint"
+    resources = replace(job.options.resources, checkpoint=None if job.options.folds > 1 else checkpoint)
+    options = replace(job.options, resources=resources)
+    fitted = fit_detector(detector, job.data.train, options, size, keep_aspect, progress, features)
+    if item.keep is not None:
+        save_run(detector, job.data, fitted, make_folder(_run_folder(item.keep, job)), item.command)
+    cost = {"fit_seconds": sum(fitted["seconds"].values())}
+    notes = [f"skipped {line}" for line in fitted["skipped"]]
+    _measure(item, detector, fitted["digest"], cost, notes, progress)
+    checkpoint.unlink(missing_ok=True)
+
+
+def _measure_model(item: _Item, progress: Progress | None) -> None:
+    job = item.job
+    assert job.model is not None
+    detector = load_detector(job.model, device=choose_device(job.device), weights=job.weights)
+    if job.precision == "bf16":
+        detector.backbone.to_precision("bf16")
+    notes = []
+    learned_from = detector.provenance.get("data")
+    if learned_from and learned_from != job.data.name:
+        notes.append(f"this detector learned from {learned_from}, not from {job.data.name}")
+    seconds = detector.provenance.get("seconds")
+    cost = {} if seconds is None else {"fit_seconds": float(seconds)}
+    learned = digest({k: v.cpu() for k, v in detector.learned().items()}, {})
+    _measure(item, detector, learned, cost, notes, progress)
+
+
+def _measure(
+    item: _Item,
+    detector: Detector,
+    learned: str,
+    cost: dict[str, float],
+    notes: list[str],
+    progress: Progress | None,
+) -> None:
+    """Measure a fitted detector, draw its pictures, and write the cell last: when it is there, all of it is."""
+    job, measuring = item.job, item.measuring
+    point, why = point_of(detector, measuring)
+    folder = item.out / "overlays" / job.name
+    drawer = None
+    if measuring.overlays and point is not None:
+        drawer = Drawer(detector, job.data, point, folder, measuring.overlay_size)
+    found: Evaluation = evaluate_detector(
+        detector,
+        job.data,
+        point=point,
+        strict=measuring.strict,
+        workers=measuring.workers,
+        memory=measuring.map_memory,
+        after=drawer,
+        progress=progress,
+    )
+    pictures = draw(detector, job.data, found, point, measuring, folder, drawer)
+    found.notes = [*notes, *([why] if why else []), *found.notes]
+    found.cost |= cost
+    write_cell(
+        item.out / "cells",
+        job,
+        found,
+        {
+            "point": None if point is None else {"kind": point.kind, "value": point.value, "promise": point.promise},
+            "pictures": pictures,
+            "detector": learned,
+            "provenance": {
+                "device": str(detector.device()),
+                "threads": 1 if job.options is not None else torch.get_num_threads(),
+                "fingerprint": job.data.fingerprint(),
+                "weights": detector.backbone.weights,
+                "params": detector.params(),
+                "precision": job.precision,
+            },
+        },
+    )
+
+
+def point_of(detector: Detector, measuring: Measuring) -> tuple[OperatingPoint | None, str | None]:
+    """Return the operating point, or why there is none.
+
+    Raises:
+        InputError: the one that was asked for cannot be kept by this detector.
+    """
+    asked = (measuring.nfa, measuring.flag_rate, measuring.threshold)
+    if all(wish is None for wish in asked) and detector.calibration is None:
+        return None, "no calibration, so no operating point: its columns are empty (give --threshold for some)"
+    try:
+        return operating_point(
+            detector, nfa=measuring.nfa, flag_rate=measuring.flag_rate, threshold=measuring.threshold
+        ), None
+    except InputError as error:
+        if any(wish is not None for wish in asked):
+            raise
+        return None, f"no operating point: {error}"
+
+
+class _Clock:
+    """Estimates the time left from what cells of the same method took."""
+
+    def __init__(self, jobs: Sequence[Job], processes: int) -> None:
+        self.methods = [job.head["method"] for job in jobs]
+        self.processes = max(1, processes)
+        self.seconds: dict[str, list[float]] = {}
+        self.last = time.monotonic()
+        self.began = self.last
+
+    def start(self) -> None:
+        self.last = self.began = time.monotonic()
+
+    def took(self, index: int) -> None:
+        now = time.monotonic()
+        # With several processes a cell ends while others run: the gap since the last end is its share of the time.
+        self.seconds.setdefault(self.methods[index], []).append(now - self.last)
+        self.last = now
+
+    def left(self, found: dict[int, Any], errors: dict[int, str]) -> float | None:
+        """Return the estimated seconds until all cells are done; None before the first one is."""
+        if not self.seconds:
+            return None
+        typical = {method: statistics.mean(values) for method, values in self.seconds.items()}
+        other = statistics.mean(typical.values())
+        rest = [m for i, m in enumerate(self.methods) if i not in found and i not in errors]
+        return sum(typical.get(method, other) for method in rest)

@@ -20,6 +20,7 @@ from adflow.detector import Detector, Progress, Resources
 from adflow.detector_file import digest, load_detector, save_detector
 from adflow.errors import InputError, UsageError
 from adflow.imaging import Size
+from adflow.nfa import null_health
 from adflow.pipeline import run
 from adflow.runs import DETECTOR, run_name, runs_folder
 from adflow.tasks._bank import TrainFeatures, can_share
@@ -123,9 +124,17 @@ def fit(
         checkpoint.unlink(missing_ok=True)
     options = replace(options, resources=replace(options.resources, checkpoint=checkpoint))
     fitted = fit_detector(detector, data.train, options, size, keep_aspect, progress)
+    summary = save_run(detector, data, fitted, folder, command)
+    checkpoint.unlink(missing_ok=True)
+    return summary
+
+
+def save_run(
+    detector: Detector, data: Dataset, fitted: dict[str, Any], folder: Path, command: str | None
+) -> dict[str, Any]:
+    """Write the run folder of a fitted detector; return the summary that stands in its ``fit.json``."""
     detector.provenance |= {"data": data.name, "fingerprint": data.fingerprint(), "command": command}
     path = save_detector(detector, folder / DETECTOR)
-    checkpoint.unlink(missing_ok=True)
     summary = {"run": folder.name, "detector": str(path), "data": data.name, **fitted, "notes": data.notes}
     write_text(folder / "fit.json", json.dumps(summary, indent=2, default=str) + "\n")
     return summary
@@ -209,6 +218,7 @@ def fit_detector(
         "skipped": skipped,
         "seconds": {"fit": round(learned - began, 3), "calibration": round(done - learned, 3)},
         "calibration": None if detector.calibration is None else detector.calibration.health(),
+        "null": _null_health(detector, [train[i] for i in held]) if held and detector.has_null else None,
         "digest": digest({k: v.cpu() for k, v in detector.learned().items()}, {}),
     }
 
@@ -267,6 +277,17 @@ def _calibration(detector: Detector, good: Sequence[Sample], strict: bool) -> Ca
     if not maps:
         raise InputError("none of the images held out for calibration could be read")
     return Calibration.from_maps(maps, np.asarray(scores))
+
+
+def _null_health(detector: Detector, good: Sequence[Sample], most: int = 32) -> list[dict[str, Any]]:
+    """Return per scale how the energies of held-out images compare with the Gaussian null model's chi-square."""
+    assert detector.size is not None
+    images = Images(list(good[:most]), detector.size, keep_aspect=detector.keep_aspect)
+    parts = [detector.energies(batch) for batch in images.batches(8)]
+    energies = [
+        (np.concatenate([part[k].chi2.cpu().numpy() for part in parts]), parts[0][k].dof) for k in range(len(parts[0]))
+    ]
+    return [{**scale._asdict(), "trusted": scale.trusted} for scale in null_health(energies)]
 
 
 def calibrate(model: Path, good: Sequence[Sample], *, device: str = "auto", strict: bool = False) -> dict[str, Any]:
