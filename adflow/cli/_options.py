@@ -16,12 +16,12 @@ Data = Annotated[
 Paths = Annotated[list[str], typer.Argument(help="Images, folders of images, or data sets.", show_default=False)]
 Model = Annotated[
     str | None,
-    typer.Option("--model", help="Detector file, run name or bundle; default: the run fitted last.", show_default=False),
+    typer.Option("--model", help="Detector file, run name or bundle; default: the last run.", show_default=False),
 ]
 Method = Annotated[str, typer.Option("--method", "-m", help="Method; `adflow list methods` shows them.")]
 Recipe = Annotated[str, typer.Option(help="fast: best quality per CPU second; paper: the paper's constants.")]
 BackboneName = Annotated[
-    str | None, typer.Option("--backbone", "-b", help="Backbone; default: the recipe's, else lite0.", show_default=False)
+    str | None, typer.Option("--backbone", "-b", help="Default: the recipe's, else lite0.", show_default=False)
 ]
 Taps = Annotated[str | None, typer.Option(help="Taps of the backbone, such as b2,b3,b4.", show_default=False)]
 Weights = Annotated[Path | None, typer.Option(help="Local weight file of the backbone.", show_default=False)]
@@ -29,7 +29,7 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", help="name=value of the method; may be repeated.", show_default=False)
 ]
 SizeText = Annotated[
-    str | None, typer.Option("--size", help="Input size: 256 or HEIGHTxWIDTH; default: the recipe's.", show_default=False)
+    str | None, typer.Option("--size", help="256 or HEIGHTxWIDTH; default: the recipe's.", show_default=False)
 ]
 KeepAspect = Annotated[
     bool | None,
@@ -40,7 +40,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")]
 Precision = Annotated[str, typer.Option(help="float32 (exact) or bf16.")]
 Strict = Annotated[bool, typer.Option("--strict", help="An unreadable image is fatal, not skipped.")]
 DataRoot = Annotated[
-    Path | None, typer.Option(help="Folder that holds the data sets; default: ADFLOW_DATA, else the cache.", show_default=False)
+    Path | None, typer.Option(help="Folder of data sets; default: ADFLOW_DATA, else the cache.", show_default=False)
 ]
 Runs = Annotated[
     Path | None, typer.Option(help="Folder of runs; default: ADFLOW_RUNS, else ./runs.", show_default=False)

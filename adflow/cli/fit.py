@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -90,16 +90,33 @@ def fit(
         if summary["calibration"] is None:
             talk.warn("no calibration: the false-alarm rate of this detector is unknown")
         else:
+            talk.say(_health(summary))
             talk.detail(f"calibration: {summary['calibration']}")
     talk.data({"runs": done}, "\n".join(summary["detector"] for summary in done))
     talk.next(f"adflow evaluate {data[0]}   |   adflow segment FOLDER --nfa 1")
 
 
-def _sentence(summary: dict[str, object]) -> str:
-    seconds = summary["seconds"]
-    assert isinstance(seconds, dict)
-    total = sum(seconds.values())
+def _sentence(summary: dict[str, Any]) -> str:
+    total = sum(summary["seconds"].values())
     return (
         f"{summary['data']}: {summary['method']} on {summary['backbone']} learned from {summary['images']} good images"
         f" in {total:.1f} s, {summary['held_out']} held out for calibration → run {summary['run']}"
     )
+
+
+def _health(summary: dict[str, Any]) -> str:
+    """Say in one line what the held-out images tell about false alarms, and whether a Gaussian null can be trusted."""
+    calibration, null = summary["calibration"], summary["null"]
+    counts = ", ".join(f"{rate:.2g} at --nfa {eps}" for eps, rate in calibration["leave_one_out"].items() if rate is not None)
+    text = f"false regions per good image, leave-one-out: {counts or 'too few images to say'}"
+    p_value = calibration.get("blocks_p")
+    if p_value is not None and p_value < 0.01:
+        text += f"; held-out images differ along the file order (p = {p_value:.1g}): the promise may not hold"
+    if null:
+        worst = min(null, key=lambda scale: scale["effective_dof"] / scale["dof"])
+        state = "holds" if all(scale["trusted"] for scale in null) else "does not hold"
+        text += (
+            f"; Gaussian null {state} (energy {worst['dispersion']:.2f} of expected, "
+            f"{worst['effective_dof']:.0f} of {worst['dof']:.0f} degrees of freedom)"
+        )
+    return text
