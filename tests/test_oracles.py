@@ -801,3 +801,202 @@ def test_fastflow_paper_recipe_loads_the_implementations_checkpoint(tiny_backbon
     for energy, key in zip(energies, sorted(k for k in arrays if k.startswith("z")), strict=True):
         assert energy.dof == arrays[key].shape[1]
         np.testing.assert_allclose(energy.chi2, np.square(arrays[key]).sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_csflow_likelihood_gradients_inverse_scores_and_maps() -> None:
+    import torch
+
+    from adflow.imaging import upsample
+    from adflow.methods.csflow import CrossScaleFlow, _renamed, cross_scale_loss, mean_energy
+
+    arrays, state = oracle("csflow"), weights("csflow")
+    scales = sum(key.startswith("feat") for key in arrays)
+    features = [torch.from_numpy(arrays[f"feat{i}"]) for i in range(scales)]
+    blocks = sum(key.startswith("perm_block") for key in arrays) // scales
+    orders = [[torch.from_numpy(arrays[f"perm_block{k}_scale{i}"]) for i in range(scales)] for k in range(blocks)]
+    nodes = sorted({int(key.split(".")[1]) for key in state})
+    first = [state[f"module_list.{node}.s1.conv_scale0_0.weight"] for node in nodes]
+    flow = CrossScaleFlow(
+        [tuple(f.shape[1:]) for f in features], [w.shape[-1] for w in first], hidden=first[0].shape[0]
+    )
+    flow.load_original(state, orders)
+    found, logdets = flow.local(features)
+    # Ten times the original's own float32 noise (z rel 6e-7, logdet rel 3e-7); logdet near 0 absolutely.
+    for i, (z, logdet) in enumerate(zip(found, logdets, strict=True)):
+        expected = arrays[f"z{i}"]
+        np.testing.assert_allclose(z.detach(), expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
+        np.testing.assert_allclose(logdet.detach().flatten(1).sum(1), arrays[f"logdet{i}"], rtol=1e-5, atol=1e-4)
+    loss = cross_scale_loss(list(zip(found, logdets, strict=True)))
+    np.testing.assert_allclose(float(loss.detach()), float(arrays["loss"]), rtol=1e-5)
+    loss.backward()
+    ours = {}
+    for node, block in zip(nodes, flow.blocks, strict=True):
+        named = dict(block.named_parameters())
+        keys = [key for key in state if key.startswith(f"module_list.{node}.")]
+        ours |= {key: named[_renamed(key.split(".", 2)[2])] for key in keys}
+    assert_gradients_like(arrays, ours)
+    total = torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
+    np.testing.assert_allclose(float(total), float(arrays["total_gradnorm_before_clip"]), rtol=1e-4)
+
+    latents = [z.detach() for z in found]
+    np.testing.assert_allclose(mean_energy(latents), arrays["image_score"], rtol=1e-5)
+    grids = [z.square().mean(1) for z in latents]
+    for grid, name in zip(grids, ["map_finest", *(f"map_scale{i}" for i in range(1, scales))], strict=True):
+        np.testing.assert_allclose(grid, arrays[name], rtol=1e-4, atol=1e-5)
+    shown = arrays["map_finest_up_bilinear"]
+    enlarged = upsample(grids[0], shown.shape[1:], 0.0).numpy()
+    closest = np.abs(enlarged - shown).max(axis=(1, 2)).min()
+    assert closest <= 1e-4 * np.abs(shown).max()
+
+    with torch.no_grad():
+        back, undone = flow(latents, rev=True)
+    for i, (x, f) in enumerate(zip(back, features, strict=True)):
+        np.testing.assert_allclose(x, f, rtol=0, atol=1e-4 * float(f.abs().max()))
+        # The original's inverse is not one: an error of the size of the features.
+        assert np.abs(arrays[f"defective_inverse{i}"] - f.numpy()).max() > 0.1
+    expected = -sum(logdet.detach().flatten(1).sum(1) for logdet in logdets)
+    np.testing.assert_allclose(undone, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_differnet_likelihood_gradients_inverse_scores_and_maps() -> None:
+    import torch
+    import torch.nn.functional as F
+
+    from adflow.methods.differnet import PooledFlow, gradient_map, pool, pooled_loss, turn
+
+    arrays, state = oracle("differnet"), weights("differnet")
+    images = torch.from_numpy(arrays["images"]).requires_grad_(True)
+    width = arrays["pooled_features"].shape[1]
+    orders = [torch.from_numpy(arrays[f"perm_block{k}"]) for k in range(sum("perm_block" in key for key in arrays))]
+    hidden = next(value for key, value in state.items() if key.endswith("s1.fc1.weight")).shape[0]
+    flow = PooledFlow(width, len(orders), hidden=hidden)
+    flow.load_original(state, orders)
+
+    def extractor(x: Any) -> Any:
+        kernel = state["feature_extractor.features.0.weight"]
+        return F.relu(F.conv2d(x, kernel, state["feature_extractor.features.0.bias"], stride=4))
+
+    scales = width // state["feature_extractor.features.0.weight"].shape[0]
+    side = images.shape[-1]
+    seen = [images if k == 0 else F.interpolate(images, size=(side // 2**k, side // 2**k)) for k in range(scales)]
+    y = pool([extractor(x) for x in seen])
+    np.testing.assert_allclose(y.detach(), arrays["pooled_features"], rtol=1e-5, atol=1e-6)
+    z, logdet = flow(y)
+    # Ten times the original's own float32 noise (z rel 7e-7).
+    largest = float(np.abs(arrays["z"]).max())
+    np.testing.assert_allclose(z.detach(), arrays["z"], rtol=0, atol=1e-5 * largest)
+    np.testing.assert_allclose(logdet.detach(), arrays["logdet"], rtol=1e-5, atol=1e-4)
+    loss = pooled_loss(z, logdet)
+    np.testing.assert_allclose(float(loss.detach()), float(arrays["loss"]), rtol=1e-5)
+    loss.backward()
+    nodes = sorted({int(key.split(".")[2]) for key in state if key.startswith("nf.")})
+    ours = {
+        f"module_list.{node}.{key}": value
+        for node, block in zip(nodes, flow.couplings, strict=True)
+        for key, value in block.named_parameters()
+    }
+    assert_gradients_like(arrays, ours)
+    with torch.no_grad():
+        back, undone = flow(z.detach(), rev=True)
+    np.testing.assert_allclose(back, arrays["inverse_of_z"], rtol=0, atol=1e-4 * float(y.detach().abs().max()))
+    np.testing.assert_allclose(undone, -logdet.detach(), rtol=1e-4, atol=1e-3)
+
+    labels = arrays["label"]
+    copies = len(images) // len(labels)
+    scores = z.detach().square().mean(1).reshape(len(labels), copies).mean(1)
+    np.testing.assert_allclose(scores, arrays["image_score"], rtol=1e-5)
+    gradients = images.grad.reshape(len(labels), copies, *images.shape[1:])
+    maps = [
+        gradient_map(torch.cat([turn(one, -90.0 * k, "zeros") for k, one in enumerate(g.split(1))]), 3.0)
+        for g, label in zip(gradients, labels, strict=True)
+        if label
+    ]
+    for found, expected in zip(maps, arrays["gradient_map_sq_of_anomalous"], strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * float(expected.max()))
+
+
+# ---- dfr_*, pefm_*: features on one grid, autoencoders, losses, gradients, maps --------------------------------------
+
+
+def assert_norms_like(expected: dict[str, float], ours: dict[str, Any]) -> None:
+    """Gradient norms: ten times float32 noise; biases in front of a batch norm have none, absolutely."""
+    assert expected and set(expected) == set(ours)
+    for key, value in expected.items():
+        np.testing.assert_allclose(float(ours[key].grad.norm()), value, rtol=1e-4, atol=2e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["dfr_sq", "dfr_ovl"])
+def test_dfr_features_autoencoder_loss_gradients_and_map(name: str, tiny_backbone: Any) -> None:
+    import torch
+    from torch import nn
+
+    from adflow import _nets
+    from adflow.methods.dfr import DFR, Autoencoder, components
+
+    arrays, state = oracle(name), weights(name)
+    taps = [key.removeprefix("vgg.") for key in arrays if key.startswith("vgg.")]
+    layers: list[nn.Module] = []
+    for block in range(1, 6):
+        for key in sorted(k for k in state if k.startswith(f"vgg.conv{block}_") and k.endswith("weight")):
+            conv = nn.Conv2d(state[key].shape[1], state[key].shape[0], 3, padding=1)
+            conv.load_state_dict({"weight": state[key], "bias": state[key.replace("weight", "bias")]})
+            layers += [conv, nn.ReLU()]
+        layers.append(nn.MaxPool2d(2, 2))
+    holder = nn.Module()
+    holder.features = nn.Sequential(*layers)
+    net, order = _nets.vgg_stages(holder, taps)
+    assert order == taps
+    with torch.no_grad():
+        pyramid = net(torch.from_numpy(arrays["image"]))
+    # Ten times the noise of the original in float32 (rel 2e-7), by the largest value.
+    for tap, found in zip(taps, pyramid, strict=True):
+        close(found, arrays[f"vgg.{tap}"], 1e-5)
+
+    size = arrays["image"].shape[2:]
+    stride = size[0] // arrays["features"].shape[2]
+    matching = []
+    # The file does not say its window; the right one is that of the two in use (stride, twice as wide) which fits.
+    for window in (stride, 2 * stride):
+        detector = DFR(
+            tiny_backbone, net="deep", grid="window", window=window, stride=stride, aligned=True, smooth=0.0,
+            image_score="max", margin=0.0,
+        )  # fmt: skip
+        grids = [(f.shape[2], f.shape[3]) for f in pyramid]
+        detector.prepare([f.shape[1] for f in pyramid], grids, size, torch.Generator())
+        found = detector.features(pyramid).numpy()
+        if np.abs(found - arrays["features"]).max() <= 1e-5 * np.abs(arrays["features"]).max():
+            matching.append(detector)
+    assert len(matching) == 1
+    detector = matching[0]
+    x = torch.from_numpy(arrays["features"])
+    np.testing.assert_array_equal(x.flatten(2).transpose(1, 2).flatten(0, 1).numpy(), arrays["feature_vectors"])
+
+    net_state = {k.removeprefix("autoencoder."): v for k, v in state.items() if k.startswith("autoencoder.")}
+    net = Autoencoder(x.shape[1], net_state["encoder.6.weight"].shape[0])
+    net.load_state_dict(net_state)
+    rebuilt = net.eval()(x).detach()
+    close(rebuilt, arrays["reconstruction_eval"], 1e-5)
+    for k, (weight, bias) in enumerate(net.folded()):
+        setattr(detector, f"weight_{k}", weight)
+        setattr(detector, f"bias_{k}", bias)
+    close(detector.score_features(pyramid), arrays["energy"], 1e-5)
+    maps = detector.score_maps(pyramid, size)
+    close(maps, arrays["score_map"], 1e-5)
+    close(detector.score_images(pyramid, maps, None), arrays["image_score"], 1e-5)
+
+    loss = (net.train()(x) - x).square().mean()
+    np.testing.assert_allclose(float(loss.detach()), float(arrays["train_loss"]), rtol=1e-5)
+    loss.backward()
+    norms = {k.removeprefix("train_gradnorm."): float(v) for k, v in arrays.items() if k.startswith("train_gradnorm.")}
+    assert_norms_like(norms, dict(net.named_parameters()))
+
+    rows = torch.from_numpy(arrays["feature_vectors"]).double()
+    values = torch.linalg.eigvalsh(torch.cov(rows.T)).flip(0)
+    assert components(values, 0.9) == int(arrays["pca90_components"])
+    ratio = (values / values.sum())[: len(arrays["pca_explained_variance_ratio"])]
+    np.testing.assert_allclose(ratio, arrays["pca_explained_variance_ratio"], rtol=1e-5)
+
+
+def close(found: Any, expected: np.ndarray, share: float) -> None:
+    """Equal up to ``share`` of the largest expected value."""
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=share * float(np.abs(expected).max()))
