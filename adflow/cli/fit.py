@@ -107,7 +107,8 @@ def _sentence(summary: dict[str, Any]) -> str:
 def _health(summary: dict[str, Any]) -> str:
     """Say in one line what the held-out images tell about false alarms, and whether a Gaussian null can be trusted."""
     calibration, null = summary["calibration"], summary["null"]
-    counts = ", ".join(f"{rate:.2g} at --nfa {eps}" for eps, rate in calibration["leave_one_out"].items() if rate is not None)
+    rates = calibration["leave_one_out"].items()
+    counts = ", ".join(f"{rate:.2g} at --nfa {eps}" for eps, rate in rates if rate is not None)
     text = f"false regions per good image, leave-one-out: {counts or 'too few images to say'}"
     p_value = calibration.get("blocks_p")
     if p_value is not None and p_value < 0.01:
