@@ -285,8 +285,8 @@ def test_local_is_the_pool_of_its_two_densities(tiny_backbone: Backbone) -> None
 
 
 def test_local_scores_are_about_1_on_new_normal_images(tiny_backbone: Backbone) -> None:
-    for coreset in (None, "50%"):
-        detector = Local(tiny_backbone, coreset=coreset).fit(IMAGES.normal)
+    for chosen in ({}, {"coreset": "50%"}, {"coreset": "50%", "gaussian": False}):
+        detector = Local(tiny_backbone, **chosen).fit(IMAGES.normal)
         new = make_tiny_images(8, 64, 48, seed=5)
         # Left-out training images stand for new ones: a sample of 24 says so within a factor.
         assert 0.5 < float(detector.score_features(tiny_backbone(new.normal)).mean()) < 2

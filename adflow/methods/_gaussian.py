@@ -19,6 +19,14 @@ Batches = Callable[[], Iterable[Tensor]]
 WORK = 256 << 20  # bytes of float64 statistics held at once when no limit is set
 
 
+def global_whitening(batches: Batches, width: int, ridge: float) -> Whitening:
+    """Return the whitening of all vectors [n, P, width] of all positions, in one pass."""
+    moments = Moments(1, width)
+    for vectors in batches():
+        moments.add(vectors.reshape(-1, 1, width))
+    return whitening(moments, ridge)
+
+
 class PositionGaussians(nn.Module):
     """Mean and covariance of vectors [n, P, d] at each of P positions, ready for Mahalanobis distances.
 
@@ -88,12 +96,7 @@ class PositionGaussians(nn.Module):
             InputError: fewer than two images, or features that are not finite.
         """
         positions, width = self.mean_.shape
-        white = None
-        if whiten:
-            moments = Moments(1, width)
-            for vectors in batches():
-                moments.add(vectors.reshape(-1, 1, width))
-            white = whitening(moments, ridge)
+        white = global_whitening(batches, width, ridge) if whiten else None
         step = max(1, min(positions, work // self._work(width)))
         for start in range(0, positions, step):
             part = slice(start, min(start + step, positions))
