@@ -41,6 +41,7 @@ def download(
         Path | None, typer.Option("--zoo", help="Your own zoo file, merged over ours.")
     ] = None,
     data_root: o.DataRoot = None,
+    runs: o.Runs = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -73,6 +74,7 @@ def download(
                 name,
                 source=source,
                 root=data_root,
+                runs=runs,
                 catalogue=catalogue,
                 no_network=offline,
                 unverified=unverified,

@@ -151,6 +151,7 @@ def download(
     *,
     source: Path | None = None,
     root: Path | None = None,
+    runs: Path | None = None,
     catalogue: zoo.Zoo | None = None,
     no_network: bool = False,
     unverified: bool = False,
@@ -166,6 +167,7 @@ def download(
             ``hub:owner/name[@revision]``.
         source: an archive or file already on disk, a folder that holds it, or an unpacked data set.
         root: folder of data sets; default the cache.
+        runs: folder of runs, for checkpoints of the originals; each becomes a run.
         catalogue: default the shipped one.
         no_network: use only what is here.
         unverified: accept a file that nobody vouches for; its hash is written down and checked ever after.
@@ -190,7 +192,7 @@ def download(
     catalogue = catalogue or zoo.load()
     entry = catalogue.find(name)
     if not isinstance(entry, DatasetEntry):
-        return _download_files(name, entry, catalogue, source, call)
+        return _converted(_download_files(name, entry, catalogue, source, call), entry, runs)
     class_ = name.partition("/")[2] or None
     place = zoo.data_folder(entry.name, root)
     with lock(make_folder(place) / ".adflow" / "lock", _wait(say, place)):
@@ -206,6 +208,18 @@ def download(
 
 def _wait(say: Callable[[str], None] | None, place: Path) -> Callable[[], None] | None:
     return None if say is None else lambda: say(f"another process is filling {place}; waiting for it")
+
+
+def _converted(done: Downloaded, entry: BackboneEntry | DetectorEntry, runs: Path | None) -> Downloaded:
+    """Turn the checkpoint of an original implementation into a run of ours; leave everything else alone."""
+    if not isinstance(entry, DetectorEntry) or entry.format == "adflow":
+        return done
+    from adflow.tasks.convert import convert
+
+    (checkpoint,) = done.paths
+    detector = convert(checkpoint, entry, runs=runs)
+    calibrate = f"{entry.name} is not calibrated: run `adflow calibrate {entry.name} FOLDER_OF_GOOD` for verdicts"
+    return Downloaded(done.name, [detector], done.already, notes=[*done.notes, calibrate])
 
 
 def _download_files(
