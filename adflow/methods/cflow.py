@@ -77,7 +77,7 @@ class CFlow(FeatureDetector):
         whiten: "context" = the first layer is the Gaussian given position and image, see the module; "none" = raw
             features.
         context: components of the image context in that layer; 0 = the Gaussian of the position alone.
-        shrinkage: weight of the identity in each position's covariance, in (0, 1].
+        shrinkage: weight, in each position's covariance, of the mean covariance of all positions, in (0, 1].
         folds: parts of the training images that are whitened by the others for training; 1 = no cross-fitting.
         position: channels of the positional code, a multiple of 4; 0 = unconditional couplings.
         blocks: couplings per decoder; 0 = the first layer alone.
@@ -109,7 +109,8 @@ class CFlow(FeatureDetector):
     fit_cost: ClassVar[str] = "time O(n P C^2 + steps N C^2), memory O(P C^2)"
     score_cost: ClassVar[str] = "time and memory O(P C^2)"
     recipes: ClassVar[dict[str, dict[str, Any]]] = {
-        "fast": {"backbone": "lite0", "taps": ("b2", "b3", "b4"), "size": 256},
+        # The image score is the paper's, the maximum of the map.
+        "fast": {"backbone": "lite0", "taps": ("b2", "b3", "b4"), "size": 256, "image_score": "max"},
         "paper": {
             "backbone": "wrn50",
             "taps": ("layer2", "layer3", "layer4"),
@@ -145,7 +146,7 @@ class CFlow(FeatureDetector):
         joint: bool = True,
         whiten: str = "context",
         context: int = 48,
-        shrinkage: float = 0.3,
+        shrinkage: float = 0.5,
         folds: int = 5,
         position: int = 32,
         blocks: int = 4,
