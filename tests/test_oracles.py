@@ -788,7 +788,8 @@ def test_fastflow_paper_recipe_loads_the_implementations_checkpoint(tiny_backbon
     size = arrays["anomaly_map"].shape[-2:]
     recipe = FastFlow.recipe_for("paper-resnet18")
     settings = {key: value for key, value in recipe.items() if key not in ("backbone", "taps", "size")}
-    detector = FastFlow(tiny_backbone, **settings)
+    steps = sum(key.startswith("nf_flows.0.") and key.endswith("global_scale") for key in state)
+    detector = FastFlow(tiny_backbone, **settings | {"flow_steps": steps})
     channels, grids = [f.shape[1] for f in features], [tuple(f.shape[2:]) for f in features]
     detector.prepare(channels, grids, size, torch.Generator())
     detector.load_original(state)
@@ -874,7 +875,8 @@ def test_differnet_likelihood_gradients_inverse_scores_and_maps() -> None:
 
     def extractor(x: Any) -> Any:
         kernel = state["feature_extractor.features.0.weight"]
-        return F.relu(F.conv2d(x, kernel, state["feature_extractor.features.0.bias"], stride=4))
+        bias = state["feature_extractor.features.0.bias"]
+        return F.relu(F.conv2d(x, kernel, bias, stride=4, padding=kernel.shape[-1] // 2))
 
     scales = width // state["feature_extractor.features.0.weight"].shape[0]
     side = images.shape[-1]
@@ -1000,3 +1002,51 @@ def test_dfr_features_autoencoder_loss_gradients_and_map(name: str, tiny_backbon
 def close(found: Any, expected: np.ndarray, share: float) -> None:
     """Equal up to ``share`` of the largest expected value."""
     np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=share * float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("name", ["pefm_pe", "pefm_nope"])
+def test_pefm_maps_loss_gradients_and_scores(name: str, tiny_backbone: Any) -> None:
+    import torch
+
+    from adflow.methods.pefm import PEFM, mapping_loss
+
+    arrays, state = oracle(name), weights(name)
+    raw = arrays if "S_raw0" in arrays else oracle("pefm_pe")
+    scales = sum(key.startswith("S_hat_eval") for key in arrays)
+    pyramid = [torch.from_numpy(raw[f"{side}_raw{i}"]) for side in "ST" for i in range(scales)]
+    parts = sorted({key.split(".")[0] for key in state})
+    latent = tuple(state[f"{part}.shared_coder.conv.0.weight"].shape[0] for part in parts)
+    size = arrays["score_map_add"].shape[1:]
+    fixed = {"smooth": 0.0, "image_score": "max", "margin": 0.0, "unit_length": True}
+    detector = PEFM(
+        tiny_backbone, pairs="halves", net="deep", position="nope" not in name, latent=latent, **fixed
+    )  # fmt: skip
+    grids = [(f.shape[2], f.shape[3]) for f in pyramid]
+    detector.prepare([f.shape[1] for f in pyramid], grids, size, torch.Generator())
+    for maps, part in zip(detector.maps, parts, strict=True):
+        maps.load_state_dict({k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")})
+    detector.eval()
+    # Thirty times the noise of the original in float32 (3e-7), by the largest value.
+    with torch.no_grad():
+        for i, (maps, pair) in enumerate(zip(detector.maps, detector.views(pyramid), strict=True)):
+            to_source, to_target = maps(*pair)
+            close(to_source, arrays[f"S_hat_eval{i}"], 1e-5)
+            close(to_target, arrays[f"T_hat_eval{i}"], 1e-5)
+        for i, grid in enumerate(detector.scale_grids(pyramid)):
+            if f"scale_map{i}" in arrays:
+                from adflow.imaging import upsample
+
+                close(upsample(grid, size, 0.0), arrays[f"scale_map{i}"], 1e-5)
+        for join, key in (("add", "add"), ("multiply", "mul")):
+            detector.join = join
+            found = detector.score_maps(pyramid, size)
+            if f"score_map_{key}" in arrays:
+                close(found, arrays[f"score_map_{key}"], 2e-5)  # a product adds up the errors of its factors
+            close(detector.score_images(pyramid, found, None), arrays[f"image_score_{key}"], 2e-5)
+    detector.train()
+    for i, (maps, pair) in enumerate(zip(detector.maps, detector.views(pyramid), strict=True)):
+        loss = mapping_loss(maps, *pair)
+        np.testing.assert_allclose(float(loss.detach()), float(arrays[f"train_loss{i}"]), rtol=1e-5)
+        loss.backward()
+        named = dict(maps.named_parameters())
+        assert_norms_like(dict(zip(named, arrays[f"train_gradnorm{i}"].tolist(), strict=True)), named)

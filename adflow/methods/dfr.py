@@ -11,10 +11,10 @@ Two recipes:
 
 * ``paper``: 12 ReLU maps of VGG19, the net above, Adam 1e-4, 4 images a step.
 * ``fast``: a *linear* autoencoder, whose optimum is known in closed form: projection on the principal components
-  (P. Baldi, K. Hornik, Neural networks and principal component analysis, 1989). No pass of training at all. Its
-  error is a quadratic form in f, so scoring is one matrix product. Two additions that are not in the paper, both
-  measured to matter with a small net: the mean is that of the cell's position, and directions of the error are
-  made to count alike (``error="whitened"``), as the channels of such a net differ in unit.
+  (P. Baldi, K. Hornik, Neural networks and principal component analysis, 1989), no pass of training at all. What a
+  linear net cannot say, that features mean something else elsewhere in an aligned image, is put back by one net per
+  position, each drawn to that of all positions by ``shrinkage``, as 300 images do not determine 232 x 232 numbers.
+  Channels count in units of their deviation: those of a small net differ by orders of magnitude. Not in the paper.
 
 Decisions where paper and code differ:
 
@@ -28,6 +28,7 @@ Decisions where paper and code differ:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,9 +65,8 @@ class DFR(FeatureDetector):
             over ``window`` pixels every ``stride`` pixels, as in the paper.
         window: side of that window in pixels; a border repeats the outermost pixel.
         stride: of that window.
-        centre: "position" = the linear net works on deviations from the mean of each position, "all" = from one mean.
-        error: "whitened" = the linear net's error is measured in deviations of good images, direction by direction;
-            "plain" = in feature units (paper).
+        local: a linear net per position instead of one for all.
+        shrinkage: weight of all positions' covariance in that of each position, more than 0 and at most 1.
         epochs: passes of the deep net over the training images.
         batch: images a step.
         lr: Adam's learning rate.
@@ -80,10 +80,10 @@ class DFR(FeatureDetector):
     year: ClassVar[int] = 2020
     learns: ClassVar[str] = "an autoencoder of joined patch features"
     has_null: ClassVar[bool] = False
-    fit_cost: ClassVar[str] = "linear: time O(n P C^2), memory O(C^2); deep: O(n P C^2) per pass, memory: the bank"
-    score_cost: ClassVar[str] = "time O(P C^2), memory O(C^2)"
+    fit_cost: ClassVar[str] = "linear: time O((n + C) P C^2), memory O(P C^2); deep: time O(n P C^2) per pass"
+    score_cost: ClassVar[str] = "linear: time and memory O(P C d); deep: time O(P C^2), memory O(C^2)"
     recipes: ClassVar[dict[str, dict[str, Any]]] = {
-        "fast": {"backbone": "lite0", "taps": ("b2", "b3", "b4"), "size": 256},
+        "fast": {"backbone": "lite0", "taps": ("b2", "b3", "b4"), "size": 256, "variance": 0.95},
         "paper": {
             "backbone": "vgg19-dfr",
             "taps": _VGG,
@@ -100,7 +100,8 @@ class DFR(FeatureDetector):
     }
 
     mean_: Tensor
-    error_: Tensor
+    unit_: Tensor
+    basis_: Tensor
 
     def __init__(
         self,
@@ -113,8 +114,8 @@ class DFR(FeatureDetector):
         grid: str = "coarsest",
         window: int = 4,
         stride: int = 4,
-        centre: str = "position",
-        error: str = "whitened",
+        local: bool = True,
+        shrinkage: float = 0.3,
         epochs: int = 20,
         batch: int = 4,
         lr: float = 1e-4,
@@ -125,13 +126,13 @@ class DFR(FeatureDetector):
         for name, value, known in (
             ("net", net, ("linear", "deep")),
             ("grid", grid, ("coarsest", "finest", "window")),
-            ("centre", centre, ("position", "all")),
-            ("error", error, ("whitened", "plain")),
         ):
             if value not in known:
                 raise unknown(name, value, known)
         if not 0 <= variance < 1:
             raise UsageError(f"variance is {variance}, expected a share of at least 0 and less than 1")
+        if not 0 < shrinkage <= 1:
+            raise UsageError(f"shrinkage is {shrinkage}, expected more than 0 and at most 1")
         for name, number, lowest in (
             ("latent", latent, 0),
             ("pca_images", pca_images, 0),
@@ -144,7 +145,7 @@ class DFR(FeatureDetector):
                 raise UsageError(f"{name} is {number}, expected at least {lowest}")
         self.net, self.latent, self.variance, self.pca_images = net, latent, variance, pca_images
         self.grid, self.window, self.stride = grid, window, stride
-        self.centre, self.error, self.aligned = centre, error, aligned
+        self.local, self.shrinkage, self.aligned = local, shrinkage, aligned
         self.epochs, self.batch, self.lr = epochs, batch, lr
 
     def prepare(
@@ -162,10 +163,11 @@ class DFR(FeatureDetector):
             self.cells = (joined[0][0].shape[0], joined[1][0].shape[0])
         else:
             self.cells = common_grid(grids, self.grid)
-        positions = self.cells[0] * self.cells[1] if self.centre == "position" else 1
+        positions = self.cells[0] * self.cells[1] if self.local else 1
         linear = self.net == "linear"
         self.register_buffer("mean_", torch.zeros(positions if linear else 0, width))
-        self.register_buffer("error_", torch.zeros(width if linear else 0, 0))
+        self.register_buffer("unit_", torch.ones(width if linear else 0))
+        self.register_buffer("basis_", torch.zeros(positions if linear else 0, width, 0))
         # The deep net's width is known after PCA only. Its batch norms are folded into the convolutions after
         # training, so that what scoring needs are six matrices.
         for k in range(0 if linear else _LAYERS):
@@ -230,32 +232,24 @@ class DFR(FeatureDetector):
         return components(torch.linalg.eigvalsh(moments.covariance()[0]).flip(0), self.variance)
 
     def _solve(self, bank: FeatureBank) -> None:
-        """Solve the linear autoencoder: the error of a vector is the part outside the first components."""
-        width, positions = self.mean_.shape[1], self.mean_.shape[0]
-        total, count = torch.zeros(positions, width, dtype=torch.float64), 0
+        """Solve the linear autoencoder of every position: its code is the first principal components."""
+        positions, width = self.mean_.shape
+        moments = Moments(positions, width)
         for pyramid in bank.batches(16):
-            x = self.features(pyramid).flatten(2).transpose(1, 2).double()  # [B, P, C]
-            total += x.sum(0) if positions > 1 else x.sum((0, 1))
-            count += len(x) * (1 if positions > 1 else x.shape[1])
-        self.mean_ = (total / count).float()
-        moments = Moments(1, width)
-        for pyramid in bank.batches(16):
-            x = self.features(pyramid).flatten(2).transpose(1, 2) - self.mean_
-            moments.add(x.reshape(-1, 1, width))
-        spread = moments.covariance()[0]
-        unit = torch.ones(width, dtype=torch.float64)
-        if self.error == "whitened":
-            # Channels that never change carry nothing: a floor keeps them from deciding everything.
-            unit = spread.diagonal().sqrt()
-            unit = unit.clamp(min=float(unit.mean()) * 1e-3 + 1e-12)
-        values, vectors = torch.linalg.eigh(spread / unit / unit[:, None])
-        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-        kept = self.latent or components(values, self.variance)
-        outside = vectors[:, kept:]
-        if self.error == "whitened":
-            # The ridge: directions with a hundredth of a channel's variance are noise, see _whiten.whitening.
-            outside = outside / (values[kept:] + 0.01).sqrt()
-        self.error_ = (outside / unit[:, None]).float().contiguous()
+            x = self.features(pyramid).flatten(2).transpose(1, 2)  # [B, P, C]
+            moments.add(x if positions > 1 else x.reshape(-1, 1, width))
+        # One image has no spread: then a code of nothing is learned, the error is the distance to that image.
+        spread = moments.covariance() if moments.count > 1 else torch.zeros(positions, width, width).double()
+        everywhere = spread.mean(0)
+        unit = everywhere.diagonal().clamp(min=0).sqrt()
+        # Channels that never change carry nothing: a floor keeps them from deciding everything.
+        unit = unit.clamp(min=float(unit.mean()) * 1e-3 + 1e-12)
+        covariance = (1 - self.shrinkage) * spread + self.shrinkage * everywhere
+        values, vectors = torch.linalg.eigh(covariance / unit / unit[:, None])
+        kept = self.latent or components(values.flip(1).mean(0), self.variance)
+        self.mean_ = moments.mean.float()
+        self.unit_ = unit.float()
+        self.basis_ = vectors.flip(2)[:, :, :kept].float().contiguous()  # [P, C, d]
 
     # --- score ----------------------------------------------------------------------------------------------
 
@@ -264,8 +258,13 @@ class DFR(FeatureDetector):
         x = self.features(pyramid)
         rows = x.flatten(2).transpose(1, 2)  # [B, P, C]
         if self.net == "linear":
-            error = (rows - self.mean_) @ self.error_
-            energy = error.square().sum(2) / x.shape[1]
+            error = (rows - self.mean_) / self.unit_
+            if self.local:
+                code = torch.einsum("bpc,pcd->bpd", error, self.basis_)
+                error = error - torch.einsum("bpd,pcd->bpc", code, self.basis_)
+            else:
+                error = error - (error @ self.basis_[0]) @ self.basis_[0].T
+            energy = error.square().mean(2)
         else:
             h = rows
             for k in range(_LAYERS):
@@ -324,7 +323,7 @@ class Autoencoder(nn.Module):
 
 def _stack(widths: list[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
         layers.append(nn.Conv2d(a, b, 1))
         if i < len(widths) - 2:
             layers += [nn.BatchNorm2d(b), nn.ReLU()]
