@@ -7,7 +7,7 @@ The names below are loaded on first use, so that ``import adflow`` costs nothing
 
     >>> import adflow
     >>> sorted(adflow.__all__)[:3]
-    ['AdflowError', 'Calibration', 'Detector']
+    ['AdflowError', 'Calibration', 'Dataset']
 """
 
 from __future__ import annotations
