@@ -1,0 +1,129 @@
+"""What FastFlow and CS-Flow share: which taps stand on which grid, maps from latents, and a measured null model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adflow.detector import Energy
+from adflow.errors import unknown
+from adflow.imaging import Size, upsample
+from adflow.methods._memory import common_grid, concatenate
+from adflow.methods._whiten import chi_square_fit, leave_one_out
+
+JOINS = ("own", "scale", "coarsest", "finest")
+SCORES = ("likelihood", "density")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One input of a flow.
+
+    Attributes:
+        channels: of the taps together.
+        grid: (height, width).
+        taps: which levels of the pyramid are joined here.
+    """
+
+    channels: int
+    grid: tuple[int, int]
+    taps: tuple[int, ...]
+
+    @property
+    def entries(self) -> int:
+        """Return how many numbers an image has here."""
+        return self.channels * self.grid[0] * self.grid[1]
+
+    def of(self, pyramid: Sequence[Tensor]) -> Tensor:
+        """Return the features [B, channels, h, w] of this scale; taps of other grids are brought to it."""
+        return concatenate([pyramid[tap] for tap in self.taps], self.grid)
+
+
+def scales(join: str, channels: Sequence[int], grids: Sequence[tuple[int, int]]) -> list[Scale]:
+    """Return the inputs of a flow over some taps, finest first.
+
+    Args:
+        join: "own" = every tap by itself; "scale" = taps of one grid together; "coarsest" or "finest" = all taps
+            together on that grid.
+        channels: per tap.
+        grids: per tap.
+    """
+    taps = range(len(grids))
+    groups: list[tuple[int, ...]]
+    if join == "own":
+        groups = [(tap,) for tap in taps]
+    elif join == "scale":
+        order = sorted(taps, key=lambda tap: (-grids[tap][0] * grids[tap][1], grids[tap]))
+        groups = [tuple(members) for _, members in groupby(order, key=lambda tap: grids[tap])]
+    elif join in JOINS:
+        return [Scale(sum(channels), common_grid(grids, join), tuple(taps))]
+    else:
+        raise unknown("join", join, JOINS)
+    return [Scale(sum(channels[tap] for tap in group), grids[group[0]], group) for group in groups]
+
+
+def likelihood_maps(latents: Sequence[Tensor], size: Size, sigma: float) -> Tensor:
+    """Return the mean over scales of -exp(-mean_c z^2 / 2) at ``size`` [B, H, W]: in [-1, 0], flat where z is large."""
+    grids = [-(-0.5 * z.square().mean(1)).exp() for z in latents]
+    return torch.stack([upsample(grid, size, sigma) for grid in grids]).mean(0)
+
+
+def density_maps(found: Sequence[tuple[Tensor, Tensor]], size: Size, sigma: float) -> Tensor:
+    """Return the mean over scales of (sum_c z^2 / 2 - logdet) / C at ``size`` [B, H, W], in nats per channel."""
+    grids = [(0.5 * z.square().sum(1) - logdet) / z.shape[1] for z, logdet in found]
+    return torch.stack([upsample(grid, size, sigma) for grid in grids]).mean(0)
+
+
+def as_left_out(x: Tensor, count: int, shrinkage: float) -> Tensor:
+    """Return whitened training features [B, C, h, w] about as long as if the whitening had not seen their image.
+
+    With fewer images than C^2 a whitening fits its own images closer than new ones. A flow trained on them learns to
+    stretch that away and then stretches new images too far. The length is exact (see ``leave_one_out``), the direction
+    is kept.
+    """
+    energy = x.square().sum(1, keepdim=True).clamp(min=1e-12)
+    return x * (leave_one_out(energy, count, 1 - shrinkage) / energy).sqrt()
+
+
+class MeasuredNull(nn.Module):
+    """Scale per position and degrees of freedom that make energies of left-out good images about chi-square.
+
+    The flow promises chi-square with C degrees. With fewer images than C^2 a whitening fits its own images closer than
+    new ones, so what new ones would have is computed by leaving each image out of it (see ``leave_one_out``).
+    """
+
+    def __init__(self, channels: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+        self.scale: Tensor
+        self.dof: Tensor
+        self.register_buffer("scale", torch.ones(grid[0] * grid[1]))
+        self.register_buffer("dof", torch.tensor(float(channels)))
+
+    def learn(self, pairs: Iterable[tuple[Tensor, Tensor]], shrinkage: float) -> None:
+        """Learn from energies [B, h, w] of the training images, before and after the flow.
+
+        Args:
+            pairs: batches of (energies of the whitened inputs, energies of the latents).
+            shrinkage: of the whitening.
+        """
+        before, after = (torch.cat([e.flatten(1) for e in part]) for part in zip(*pairs, strict=True))
+        # The flow is small beside the whitening: what leaving out does to its input, it does to its output.
+        grown = leave_one_out(before, len(before), 1 - shrinkage) / before.clamp(min=1e-12)
+        scale, dof = chi_square_fit(after * grown)
+        self.scale.copy_(scale)
+        self.dof.fill_(dof)
+
+    def energy(self, z: Tensor) -> Energy:
+        """Return the energy of latents [B, C, h, w]."""
+        return Energy(z.square().sum(1) * self.scale.reshape(self.grid), float(self.dof))
+
+
+def brought_to(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return x [B, C, h, w] bilinearly on ``grid``, unchanged when it is there already."""
+    return x if tuple(x.shape[2:]) == grid else F.interpolate(x, grid, mode="bilinear", align_corners=False)

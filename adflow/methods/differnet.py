@@ -1,0 +1,477 @@
+"""DifferNet: a flow on the pooled features of a whole image, averaged over turned copies of it.
+
+Source: M. Rudolph, B. Wandt, B. Rosenhahn, Same Same But DifferNet: Semi-Supervised Defect Detection with Normalizing
+Flows, WACV 2021, https://arxiv.org/abs/2008.12577; code https://github.com/marco-rudolph/differnet.
+
+A frozen net sees the image at several sizes; each feature map is averaged over positions, and the averages side by side
+are one vector y. A chain of reorderings and two-sided couplings maps it to z, trained by maximum likelihood on turned
+copies T(x) of good images. The score of an image is the mean of z^2 over turned copies and entries (equation 7).
+
+The method judges an image, not pixels: for small defects others are better. Maps come in two ways, both of the score's
+first-order change:
+
+* ``localise="gradient"`` (section 3.4): the gradient of |z|^2 / 2 with respect to the pixels of each turned copy,
+  turned back, smoothed by a Gaussian of ``sigma`` pixels, absolute values averaged over copies and colours, squared.
+  It costs a backward pass through the backbone per copy.
+* ``localise="features"`` (ours, default): as y is a mean over positions, |z|^2 changes by the mean over positions of
+  <gradient at y, f(p) - m>, m the mean of y over good images: that product is position p's share. It costs one gradient
+  of the flow.
+* ``localise="none"``: a constant map, equal to the image's score.
+
+Decisions where paper, code and statistics differ:
+
+* Turning. Both draw angles at random when scoring, so the same image has another score each time. Ours are evenly
+  spaced, and the score a function of the image. For fitting, each image is turned by ``views`` angles drawn from the
+  seed, once (the original draws four new ones in each of 192 passes), or with ``views=0`` by the angles of scoring.
+  ``degrees`` bounds the angles: with 180 a part that lies the wrong way round is normal, so set it to what is normal on
+  the line; 0 turns nothing.
+* Corners that turning uncovers are black in the original; ``fill`` can repeat the border instead.
+* Order of the channels. The original draws it from a seed and does not save it; ours is a buffer.
+* Features in front. ``whiten`` (fast recipe) puts the whitening of the training vectors in front of the flow, a fixed
+  affine layer of it, and couplings that start as the identity start from that Gaussian model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adflow.backbones import Backbone
+from adflow.detector import Detector, ImageSource, Progress, Resources, Scores, _TensorImages
+from adflow.errors import InputError, unknown
+from adflow.features import FeatureBank
+from adflow.flows import FixedPermutation, GlowCoupling, linear_layer
+from adflow.flows import load_original as load_strictly
+from adflow.imaging import Box, upsample
+from adflow.methods._train import one_cycle, train
+from adflow.methods._whiten import Moments, whitening
+
+LOCALISE = ("features", "gradient", "none")
+FILLS = {"black": "zeros", "border": "border"}
+CHUNK = 16  # turned copies that pass the backbone at once; bounds memory when there are many
+
+
+class DifferNet(Detector):
+    """DifferNet on the pooled features of any backbone.
+
+    Args:
+        backbone: images to feature pyramid; every map is averaged. ``NAME@1,0.5,0.25`` takes the image at three sizes
+            as the paper does.
+        transforms: turned copies that are scored.
+        degrees: largest angle, 0 to 180.
+        views: turned copies of each image to fit on, angles drawn from the seed; 0 = those of scoring.
+        fill: what turning uncovers: "black" or "border".
+        whiten: put the whitening of the training vectors in front of the flow.
+        ridge: added to the eigenvalues of the correlation in that whitening.
+        blocks: couplings.
+        hidden: units of each of the three hidden layers of a coupling's networks.
+        clamp: bound of the log-scale of a coupling, times 0.636 * pi / 2.
+        zero_init: start every coupling as the identity.
+        epochs: passes over the training vectors.
+        batch: vectors per step.
+        lr: Adam's learning rate.
+        warm: raise and lower the learning rate over the training (one cycle) instead of keeping it.
+        weight_decay: Adam's L2 term.
+        localise: "features", "gradient" or "none", see above.
+        sigma: of the Gaussian that smooths maps, in pixels; at 256 px for "features", where it grows with the size.
+    """
+
+    paper: ClassVar[str] = (
+        "Same Same But DifferNet: Semi-Supervised Defect Detection with Normalizing Flows, 2021, "
+        "https://arxiv.org/abs/2008.12577"
+    )
+    year: ClassVar[int] = 2021
+    learns: ClassVar[str] = "one normalizing flow on pooled features of turned images"
+    has_null: ClassVar[bool] = False
+    fit_cost: ClassVar[str] = "O(n) backbone passes per view, O(n) per pass; memory: pooled vectors"
+    score_cost: ClassVar[str] = "one backbone pass per transform"
+    recipes: ClassVar[dict[str, dict[str, Any]]] = {
+        "fast": {"backbone": "lite0@1,0.5,0.25", "taps": ("b2", "b3", "b4"), "size": 256},
+        # Section 4.2 and the original's configuration. 64 angles an image seen 12 times are as many looks as its 192
+        # passes with 4 angles each.
+        "paper": {
+            "backbone": "alexnet@1,0.5,0.25",
+            "taps": ("features",),
+            "size": 448,
+            "transforms": 64,
+            "views": 64,
+            "whiten": False,
+            "blocks": 8,
+            "hidden": 2048,
+            "zero_init": False,
+            "epochs": 12,
+            "batch": 96,
+            "lr": 2e-4,
+            "warm": False,
+            "localise": "gradient",
+            "sigma": 3.0,
+        },
+        "tiny": {"epochs": 3, "batch": 8, "hidden": 16, "blocks": 2},
+    }
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        transforms: int = 4,
+        degrees: float = 180.0,
+        views: int = 0,
+        fill: str = "black",
+        whiten: bool = True,
+        ridge: float = 0.01,
+        blocks: int = 4,
+        hidden: int = 64,
+        clamp: float = 3.0,
+        zero_init: bool = True,
+        epochs: int = 4,
+        batch: int = 96,
+        lr: float = 2e-4,
+        warm: bool = True,
+        weight_decay: float = 1e-5,
+        localise: str = "features",
+        sigma: float = 8.0,
+    ) -> None:
+        super().__init__(backbone)
+        if localise not in LOCALISE:
+            raise unknown("localise", localise, LOCALISE)
+        if fill not in FILLS:
+            raise unknown("fill", fill, FILLS)
+        if transforms < 1 or views < 0 or not 0 <= degrees <= 180:
+            raise InputError(
+                f"transforms {transforms}, views {views}, degrees {degrees}: expected >= 1, >= 0, 0 to 180"
+            )
+        if blocks < 1 or hidden < 1 or epochs < 0 or batch < 1 or ridge <= 0:
+            raise InputError(
+                f"blocks {blocks}, hidden {hidden}, epochs {epochs}, batch {batch}, ridge {ridge}: "
+                "expected >= 1, >= 1, >= 0, >= 1, > 0"
+            )
+        self.transforms, self.degrees, self.views, self.fill = transforms, degrees, views, fill
+        self.whiten, self.ridge = whiten, ridge
+        self.blocks, self.hidden, self.clamp, self.zero_init = blocks, hidden, clamp, zero_init
+        self.epochs, self.batch, self.lr, self.warm, self.weight_decay = epochs, batch, lr, warm, weight_decay
+        self.localise, self.sigma = localise, sigma
+        self.mean: Tensor
+        self.matrix: Tensor
+        self.log_scale: Tensor
+        self._create(torch.Generator().manual_seed(0))
+
+    def _create(self, generator: torch.Generator) -> None:
+        width = sum(self.backbone.channels)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("matrix", torch.eye(width) if self.whiten else torch.zeros(0, 0))
+        self.register_buffer("log_scale", torch.zeros(()))
+        self.flow = PooledFlow(
+            width,
+            self.blocks,
+            hidden=self.hidden,
+            clamp=self.clamp,
+            zero_init=self.zero_init,
+            generator=generator,
+        )
+
+    def angles(self) -> list[float]:
+        """Return the angles in degrees, counter-clockwise, at which an image is scored."""
+        if self.degrees == 0:
+            return [0.0]
+        if self.degrees == 180:
+            return [360.0 * k / self.transforms for k in range(self.transforms)]
+        return [float(a) for a in torch.linspace(-self.degrees, self.degrees, self.transforms)]
+
+    def turned(self, images: Tensor, angle: float) -> Tensor:
+        """Return images [B, 3, H, W] turned about their centre."""
+        return turn(images, angle, FILLS[self.fill])
+
+    def latents(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Map pooled vectors [B, D] to z [B, D]; return the log-determinants [B] too."""
+        x = y - self.mean
+        if self.whiten:
+            x = x @ self.matrix
+        z, logdet = self.flow(x)
+        return z, logdet + self.log_scale
+
+    def fit(
+        self,
+        images: ImageSource | Tensor,
+        *,
+        seed: int = 0,
+        resources: Resources | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Pass turned copies through the backbone once, then train on their pooled vectors."""
+        resources = resources or Resources()
+        generator = torch.Generator().manual_seed(seed)
+        source = _TensorImages(images) if isinstance(images, Tensor) else images
+        vectors = self._vectors(source, resources, generator, progress)
+        self.calibration = None
+        self._create(generator)
+        self.train()
+        if self.whiten:
+            self._learn_whitening(vectors)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._train(vectors, generator, progress, resources.checkpoint)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        return self.eval()
+
+    def _vectors(
+        self, images: ImageSource, resources: Resources, generator: torch.Generator, progress: Progress | None
+    ) -> Tensor:
+        """Return pooled vectors [N * copies, D] of all training images."""
+
+        def augment(image: Tensor, drawn: torch.Generator) -> Tensor:
+            share = 2 * float(torch.rand((), generator=drawn)) - 1
+            return self.turned(image, share * self.degrees)
+
+        if len(images) == 0:
+            raise InputError("there is no image to fit on, expected at least 1")
+        angles = [0.0] if self.views else self.angles()
+        with FeatureBank.build(
+            PooledTurns(self.backbone, angles, FILLS[self.fill]),
+            images,
+            memory=resources.memory,
+            folder=resources.folder,
+            views=max(1, self.views),
+            augment=augment if self.views else None,
+            generator=generator if self.views else None,
+            progress=progress,
+        ) as bank:
+            self.size = bank.size
+            return torch.cat([bank.level(i).float().flatten(1).clone() for i in range(len(angles))])
+
+    def _learn_whitening(self, vectors: Tensor) -> None:
+        moments = Moments(1, vectors.shape[1])
+        for part in torch.split(vectors, 1024):
+            moments.add(part.unsqueeze(1))
+        found = whitening(moments, self.ridge)
+        matrix = found.matrix()
+        self.mean.copy_(found.mean)
+        self.matrix.copy_(matrix)
+        self.log_scale.fill_(float(torch.linalg.slogdet(matrix).logabsdet))
+
+    def _train(
+        self, vectors: Tensor, generator: torch.Generator, progress: Progress | None, checkpoint: Path | None
+    ) -> None:
+        size = min(self.batch, len(vectors))
+
+        def batches() -> Iterator[Tensor]:
+            while True:
+                order = torch.randperm(len(vectors), generator=generator)
+                for start in range(0, len(vectors) - size + 1, size):
+                    yield vectors[order[start : start + size]]
+
+        steps = self.epochs * (len(vectors) // size)
+        train(
+            self,
+            lambda y: pooled_loss(*self.latents(y)),
+            batches(),
+            steps=steps,
+            lr=self.lr,
+            schedule=one_cycle(steps) if self.warm else None,
+            betas=(0.8, 0.8),
+            eps=1e-4,
+            weight_decay=self.weight_decay,
+            generator=generator,
+            progress=progress,
+            checkpoint=checkpoint,
+        )
+
+    def _score(self, images: Tensor, boxes: Sequence[Box] | None) -> Scores:
+        found = [self._score_one(image) for image in torch.split(images, 1)]
+        return Scores(torch.stack([m for m, _ in found]), torch.stack([s for _, s in found]))
+
+    def _score_one(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return map [H, W] and score of one image [1, 3, H, W]; letterboxing is not left out of the averages."""
+        angles, size = self.angles(), (image.shape[2], image.shape[3])
+        maps: list[Tensor] = []
+        energies: list[Tensor] = []
+        for start in range(0, len(angles), CHUNK):
+            part = angles[start : start + CHUNK]
+            copies = torch.cat([self.turned(image, angle) for angle in part])
+            if self.localise == "gradient":
+                z, gradient = self._input_gradient(copies)
+                maps.extend(
+                    turn(one.unsqueeze(0), -angle, "zeros")[0] for one, angle in zip(gradient, part, strict=True)
+                )
+            else:
+                pyramid = self.backbone(copies)
+                z, gradient = self._vector_gradient(pool(pyramid))
+                if self.localise == "features":
+                    maps.extend(self._shares(pyramid, gradient, part, size))
+            energies.append(z.square().mean(1))
+        score = torch.cat(energies).mean()
+        if self.localise == "none":
+            return score.expand(size).clone(), score
+        if self.localise == "gradient":
+            return gradient_map(torch.stack(maps), self.sigma), score
+        return upsample(torch.stack(maps).mean(0, keepdim=True), size, self.sigma * min(size) / 256)[0], score
+
+    def _vector_gradient(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z and the gradient of |z|^2 / 2 with respect to pooled vectors [T, D]."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = y.clone().requires_grad_(True)
+            z, _ = self.latents(leaf)
+            (gradient,) = torch.autograd.grad(0.5 * z.square().sum(), leaf)
+        return z.detach(), gradient
+
+    def _input_gradient(self, copies: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z and the gradient of the loss with respect to the pixels of turned copies [T, 3, H, W]."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = copies.clone().requires_grad_(True)
+            z, logdet = self.latents(pool(self.backbone(leaf)))
+            (gradient,) = torch.autograd.grad(pooled_loss(z, logdet), leaf)
+        return z.detach(), gradient
+
+    def _shares(
+        self, pyramid: list[Tensor], gradient: Tensor, angles: Sequence[float], size: tuple[int, int]
+    ) -> list[Tensor]:
+        """Return per turned copy the positions' shares [H, W], turned back."""
+        widths = [level.shape[1] for level in pyramid]
+        total = gradient.new_zeros(len(gradient), *size)
+        for level, mean, g in zip(
+            pyramid, torch.split(self.mean, widths), torch.split(gradient, widths, 1), strict=True
+        ):
+            share = ((level - mean[:, None, None]) * g[:, :, None, None]).sum(1)  # [T, h, w]
+            total = total + upsample(share, size, 0.0)
+        return [
+            turn(one[None, None], -angle, "border")[0, 0] for one, angle in zip(total, angles, strict=True)
+        ]
+
+    def load_original(self, state: Mapping[str, Tensor], orders: Sequence[Tensor]) -> None:
+        """Load the original's flow (keys ``nf.module_list.*``); see :meth:`PooledFlow.load_original`."""
+        self.flow.load_original(state, orders)
+
+
+class PooledTurns(Backbone):
+    """Averages over positions of the maps of turned copies, side by side: one vector [B, D, 1, 1] per angle."""
+
+    def __init__(self, base: Backbone, angles: Sequence[float], fill: str) -> None:
+        width = sum(base.channels)
+        taps = [f"{angle:g}" for angle in angles]
+        super().__init__(base.name, taps, [width] * len(taps), [1] * len(taps), base.weights, base)
+        self.angles, self.fill = list(angles), fill
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return one vector per angle."""
+        return [pool(self.net(turn(images, angle, self.fill)))[:, :, None, None] for angle in self.angles]
+
+
+class Perceptron(nn.Module):
+    """Four linear layers with ReLU between (the original's network of a coupling, names included)."""
+
+    def __init__(
+        self, inputs: int, outputs: int, hidden: int, zero_init: bool, generator: torch.Generator | None
+    ) -> None:
+        super().__init__()
+        self.fc1 = linear_layer(inputs, hidden, generator)
+        self.fc2 = linear_layer(hidden, hidden, generator)
+        self.fc2b = linear_layer(hidden, hidden, generator)
+        self.fc3 = linear_layer(hidden, outputs, generator)
+        if zero_init:
+            nn.init.zeros_(self.fc3.weight)
+            nn.init.zeros_(self.fc3.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, inputs] to [B, outputs]."""
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        x = F.relu(self.fc2b(x))
+        return self.fc3(x)  # type: ignore[no-any-return]
+
+
+class PooledFlow(nn.Module):
+    """A chain of ``blocks`` reorderings, each followed by a two-sided coupling, on vectors [B, D]."""
+
+    def __init__(
+        self,
+        width: int,
+        blocks: int,
+        *,
+        hidden: int = 2048,
+        clamp: float = 3.0,
+        zero_init: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+
+        def subnet(inputs: int, outputs: int) -> nn.Module:
+            return Perceptron(inputs, outputs, hidden, zero_init, generator)
+
+        self.orders = nn.ModuleList(FixedPermutation([(width,)], generator=generator) for _ in range(blocks))
+        self.couplings = nn.ModuleList(
+            GlowCoupling([(width,)], subnet=subnet, clamp=clamp) for _ in range(blocks)
+        )
+
+    def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        """Map [B, D] forward, or backward with ``rev``; return the log-determinants [B] too."""
+        total = x.new_zeros(len(x))
+        pairs = list(zip(self.orders, self.couplings, strict=True))
+        for order, coupling in reversed(pairs) if rev else pairs:
+            for part in (coupling, order) if rev else (order, coupling):
+                (x,), gained = part((x,), rev=rev)
+                total = total + gained
+        return x, total
+
+    def load_original(self, state: Mapping[str, Tensor], orders: Sequence[Tensor]) -> None:
+        """Load the original's weights.
+
+        Args:
+            state: the original's tensors; its networks hold a batch normalisation that is never used.
+            orders: per block the order of the entries, which the original does not save: it draws them with numpy from
+                the block's number.
+
+        Raises:
+            InputError: names or shapes do not fit.
+        """
+        prefix = "nf.module_list."
+        nodes = sorted({int(key.split(".")[2]) for key in state if key.startswith(prefix)})
+        if len(nodes) != len(self.couplings) or len(orders) != len(self.couplings):
+            raise InputError(f"the checkpoint has {len(nodes)} couplings, this flow {len(self.couplings)}")
+        for mine, coupling, node, order in zip(self.orders, self.couplings, nodes, orders, strict=True):
+            used = {key: value for key, value in state.items() if ".bn." not in key}
+            load_strictly(coupling, used, prefix=f"{prefix}{node}.")
+            load_strictly(mine, {"permutation": torch.as_tensor(order)})
+
+
+def pool(pyramid: Sequence[Tensor]) -> Tensor:
+    """Return the averages over positions of all maps side by side [B, D]."""
+    return torch.cat([level.mean((2, 3)) for level in pyramid], 1)
+
+
+def pooled_loss(z: Tensor, logdet: Tensor) -> Tensor:
+    """Return mean_batch(|z|^2 / 2 - logdet) per entry, in nats."""
+    return (0.5 * z.square().sum(1) - logdet).mean() / z.shape[1]
+
+
+def turn(images: Tensor, angle: float, fill: str) -> Tensor:
+    """Turn images [B, C, H, W] about their centre, counter-clockwise; the canvas stays.
+
+    Args:
+        images: any number of channels.
+        angle: degrees. Half turns, and quarter turns of squares, move pixels and are exact; others are bilinear.
+        fill: "zeros" or "border" (the nearest pixel) for what was outside.
+    """
+    height, width = images.shape[2:]
+    quarters = round(angle / 90)
+    if quarters * 90 == angle and (quarters % 2 == 0 or height == width):
+        return torch.rot90(images, quarters % 4, (2, 3))
+    radians = math.radians(angle)
+    cosine, sine = math.cos(radians), math.sin(radians)
+    # Output to input in pixels; y points down, and grid coordinates are in half widths and half heights.
+    affine = [[cosine, -sine * height / width, 0.0], [sine * width / height, cosine, 0.0]]
+    theta = torch.tensor([affine], dtype=images.dtype, device=images.device).expand(len(images), 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode=fill, align_corners=False)
+
+
+def gradient_map(gradients: Tensor, sigma: float) -> Tensor:
+    """Return the paper's map [H, W] of gradients [T, C, H, W] that are turned back already (section 3.4)."""
+    size = (gradients.shape[2], gradients.shape[3])
+    smooth = upsample(gradients.flatten(0, 1), size, sigma)
+    return smooth.abs().mean(0).square()

@@ -1,0 +1,317 @@
+"""FastFlow: an independent fully convolutional flow on each feature map, so that a position sees its neighbours.
+
+Source: J. Yu, Y. Zheng, X. Wang, W. Li, Y. Wu, R. Zhao, L. Wu, FastFlow: Unsupervised Anomaly Detection and
+Localization via 2D Normalizing Flows, 2021, https://arxiv.org/abs/2111.07677. The authors published no code; constants
+and key names are those of the implementation that most others use (https://github.com/gathierry/FastFlow).
+
+For each tap, z = f_K(...f_1(x)), f_k an affine coupling whose network is conv - ReLU - conv, trained to minimise
+sum_taps mean_batch(|z|^2 / 2 - log |det dz/dx|): every latent entry is about N(0, 1) where the image is normal.
+
+Decisions where paper, code and statistics differ:
+
+* Coupling. The paper's parameter counts fit neither a two-sided coupling nor the implementation's one-sided one, which
+  changes half of the channels in a step (its issue #2). Ours is the implementation's: its weights are the known ones.
+* Normalisation in front of the flow. ``norm="affine"`` is the implementation's trainable LayerNorm; its Jacobian is in
+  no loss, so that shrinking the features raises the likelihood. ``"position"`` (fast recipe) whitens each position by
+  the Gaussian of the training features: a fixed affine layer of the flow with its log-determinant. Couplings that start
+  as the identity then start from that Gaussian model instead of from noise, and train on features whitened about as
+  if their image had been left out (``as_left_out``): without that, training makes the model worse.
+* Taps. The paper gives each tap a flow of its own (``join="own"``); the fast recipe models all taps together on the
+  coarsest grid (``join="coarsest"``), because taps at one place are correlated.
+* Score. ``"likelihood"`` is the implementation's mean over taps of -exp(-mean_c z^2 / 2): in [-1, 0], flat where z is
+  large. ``"density"`` is (|z|^2 / 2 - logdet) / C at each position, the negative log-density per channel in nats.
+* Augmentation. The paper speaks of it without naming it; there is none here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from FrEIA.framework import SequenceINN
+from torch import Tensor, nn
+
+from adflow.detector import Energy, FeatureDetector, Progress
+from adflow.errors import InputError, unknown
+from adflow.flows import AllInOneBlock, conv_subnet, load_original
+from adflow.methods._flow_maps import (
+    JOINS,
+    SCORES,
+    MeasuredNull,
+    as_left_out,
+    density_maps,
+    likelihood_maps,
+    scales,
+)
+from adflow.methods._spatial import NORMS, PositionWhitening, coupling_pass, normaliser
+from adflow.methods._train import one_cycle, train
+
+if TYPE_CHECKING:
+    from adflow.backbones import Backbone
+    from adflow.features import FeatureBank
+
+# Section 4.1 and the implementation's configurations: everything but backbone, taps, steps, kernels and hidden ratio.
+_PAPER: dict[str, Any] = {
+    "join": "own",
+    "zero_init": False,
+    "epochs": 500,
+    "batch": 32,
+    "lr": 1e-3,
+    "warm": False,
+    "score_by": "likelihood",
+    "smooth": 0.0,
+    "image_score": "max",
+    "margin": 0.0,
+}
+_LAYERS = ("layer1", "layer2", "layer3")
+
+
+class FastFlow(FeatureDetector):
+    """FastFlow on any feature pyramid.
+
+    Args:
+        backbone: images to feature pyramid.
+        flow_steps: couplings per chain.
+        kernels: "3" = 3x3 convolutions in every step, "31" = 3x3 and 1x1 in turn.
+        hidden: hidden channels of a coupling's network as a multiple of its input channels.
+        clamp: bound of the log-scale of a coupling.
+        join: which taps share a chain: "own" = none, "scale" = those of one grid, "coarsest" or "finest" = all, on that
+            grid.
+        norm: what stands in front of a chain: "none", "layer", "affine" or "position".
+        shrinkage: of a position's covariance towards that of all positions (``norm="position"``).
+        zero_init: start every coupling as the identity.
+        epochs: passes over the training features.
+        batch: images per step.
+        lr: Adam's learning rate.
+        warm: raise and lower the learning rate over the training (one cycle) instead of keeping it.
+        weight_decay: Adam's L2 term.
+        score_by: "likelihood" or "density", see above.
+        common: see :class:`adflow.detector.FeatureDetector`.
+    """
+
+    paper: ClassVar[str] = (
+        "FastFlow: Unsupervised Anomaly Detection and Localization via 2D Normalizing Flows, 2021, "
+        "https://arxiv.org/abs/2111.07677"
+    )
+    year: ClassVar[int] = 2021
+    learns: ClassVar[str] = "one convolutional normalizing flow per feature map"
+    has_null: ClassVar[bool] = True
+    fit_cost: ClassVar[str] = "O(n) per pass; memory: the feature bank"
+    score_cost: ClassVar[str] = "O(1); a few convolutions per map"
+    recipes: ClassVar[dict[str, dict[str, Any]]] = {
+        "fast": {"backbone": "lite0", "taps": ("b2", "b3", "b4"), "size": 256, "image_score": "max"},
+        "paper": {
+            **_PAPER, "backbone": "wrn50", "taps": _LAYERS, "size": 256,
+            "norm": "affine", "flow_steps": 8, "kernels": "31", "hidden": 1.0,
+        },
+        "paper-resnet18": {
+            **_PAPER, "backbone": "resnet18", "taps": _LAYERS, "size": 256,
+            "norm": "affine", "flow_steps": 8, "kernels": "3", "hidden": 1.0,
+        },
+        "paper-cait": {
+            **_PAPER, "backbone": "cait_m48_448", "taps": ("block40",), "size": 448,
+            "norm": "none", "flow_steps": 20, "kernels": "31", "hidden": 0.16,
+        },
+        "paper-deit": {
+            **_PAPER, "backbone": "deit_base_distilled_patch16_384", "taps": ("block7",), "size": 384,
+            "norm": "none", "flow_steps": 20, "kernels": "31", "hidden": 0.16,
+        },
+        "tiny": {"epochs": 3, "batch": 4},
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        flow_steps: int = 4,
+        kernels: str = "31",
+        hidden: float = 0.16,
+        clamp: float = 2.0,
+        join: str = "coarsest",
+        norm: str = "position",
+        shrinkage: float = 0.3,
+        zero_init: bool = True,
+        epochs: int = 2,
+        batch: int = 16,
+        lr: float = 1e-3,
+        warm: bool = True,
+        weight_decay: float = 1e-5,
+        score_by: str = "density",
+        **common: Any,
+    ) -> None:
+        super().__init__(backbone, **common)
+        for name, value, known in (
+            ("kernels", str(kernels), ("3", "31")),
+            ("join", join, JOINS),
+            ("norm", norm, NORMS),
+            ("score_by", score_by, SCORES),
+        ):
+            if value not in known:
+                raise unknown(name, value, known)
+        if flow_steps < 1 or epochs < 0 or batch < 1:
+            raise InputError(f"flow_steps {flow_steps}, epochs {epochs}, batch {batch}: expected >= 1, >= 0, >= 1")
+        self.flow_steps, self.kernels, self.hidden, self.clamp = flow_steps, str(kernels), hidden, clamp
+        self.join, self.norm, self.shrinkage, self.zero_init = join, norm, shrinkage, zero_init
+        self.epochs, self.batch, self.lr, self.warm, self.weight_decay = epochs, batch, lr, warm, weight_decay
+        self.score_by = score_by
+
+    def prepare(
+        self,
+        channels: list[int],
+        grids: list[tuple[int, int]],
+        size: tuple[int, int],
+        generator: torch.Generator,
+    ) -> None:
+        """Build a chain per map for these shapes."""
+        self.scales = scales(self.join, channels, grids)
+        self.norms = nn.ModuleList(normaliser(self.norm, scale.channels, scale.grid) for scale in self.scales)
+        self.flows = nn.ModuleList(
+            conv_chain(
+                (scale.channels, *scale.grid),
+                self.flow_steps,
+                kernels=self.kernels,
+                hidden=self.hidden,
+                clamp=self.clamp,
+                zero_init=self.zero_init,
+                generator=generator,
+            )
+            for scale in self.scales
+        )
+        self.nulls = nn.ModuleList(MeasuredNull(scale.channels, scale.grid) for scale in self.scales)
+
+    def normalised(self, pyramid: list[Tensor]) -> list[Tensor]:
+        """Return the chains' inputs [B, C, h, w]."""
+        return [norm(scale.of(pyramid)) for scale, norm in zip(self.scales, self.norms, strict=True)]
+
+    def latents(self, pyramid: list[Tensor], left_out_of: int = 0) -> list[tuple[Tensor, Tensor]]:
+        """Return for each chain latents [B, C, h, w] and log-determinant [B], that of the whitening included.
+
+        ``left_out_of``: how many images the whitening learned from, when these are among them and shall look like new.
+        """
+        found = []
+        for x, norm, flow in zip(self.normalised(pyramid), self.norms, self.flows, strict=True):
+            if left_out_of and isinstance(norm, PositionWhitening):
+                x = as_left_out(x, left_out_of, self.shrinkage)
+            z, logdet = flow(x)
+            found.append((z, logdet + norm.logdet if isinstance(norm, PositionWhitening) else logdet))
+        return found
+
+    def local_densities(self, pyramid: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return the same with the log-determinant [B, h, w] of each position's own entries.
+
+        The parts add up to the log-determinant of the image; each is what the couplings scale at that position.
+        """
+        found = []
+        for x, norm, flow in zip(self.normalised(pyramid), self.norms, self.flows, strict=True):
+            blocks = [block for block in flow.modules() if isinstance(block, AllInOneBlock)]
+            z, logdet = coupling_pass(blocks, x)
+            found.append((z, logdet + norm.position_logdet() if isinstance(norm, PositionWhitening) else logdet))
+        return found
+
+    def fit_features(
+        self,
+        bank: FeatureBank,
+        *,
+        generator: torch.Generator,
+        progress: Progress | None = None,
+        checkpoint: Path | None = None,
+    ) -> None:
+        """Whiten, train the chains by maximum likelihood, and measure the null model."""
+        for scale, norm in zip(self.scales, self.norms, strict=True):
+            if isinstance(norm, PositionWhitening):
+                norm.learn((scale.of(pyramid) for pyramid in bank.batches(32)), self.shrinkage)
+        size = min(self.batch, len(bank))
+
+        def batches() -> Iterator[list[Tensor]]:
+            while True:
+                yield from bank.batches(size, shuffle=True, generator=generator, drop_last=True)
+
+        steps = self.epochs * (len(bank) // size)
+        train(
+            self,
+            lambda pyramid: flow_loss(self.latents(pyramid, left_out_of=len(bank))),
+            batches(),
+            steps=steps,
+            lr=self.lr,
+            schedule=one_cycle(steps) if self.warm else None,
+            weight_decay=self.weight_decay,
+            generator=generator,
+            progress=progress,
+            checkpoint=checkpoint,
+        )
+        if self.norm == "position":
+            with torch.no_grad():
+                self._measure_null(bank)
+
+    def _measure_null(self, bank: FeatureBank) -> None:
+        pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.scales]
+        for pyramid in bank.batches(32):
+            for found, x, flow in zip(pairs, self.normalised(pyramid), self.flows, strict=True):
+                found.append((x.square().sum(1), flow(x)[0].square().sum(1)))
+        for null, found in zip(self.nulls, pairs, strict=True):
+            if isinstance(null, MeasuredNull):
+                null.learn(found, self.shrinkage)
+
+    def score_maps(self, pyramid: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """Return maps [B, H, W]: every chain's map brought to ``size``, mean over chains, smoothed."""
+        if self.score_by == "likelihood":
+            return likelihood_maps([z for z, _ in self.latents(pyramid)], size, self.sigma(size))
+        return density_maps(self.local_densities(pyramid), size, self.sigma(size))
+
+    def score_features(self, pyramid: list[Tensor]) -> Tensor:
+        """Return the map on the finest grid of a chain."""
+        return self.score_maps(pyramid, max((s.grid for s in self.scales), key=lambda grid: grid[0] * grid[1]))
+
+    def energy_features(self, pyramid: list[Tensor]) -> list[Energy]:
+        """Return squared latents summed over channels, about chi-square on good images that are new to the model.
+
+        With ``norm="position"`` scale and degrees are measured in ``fit``, otherwise they are the flow's promise: 1 and
+        C. Tails are the model's, not measured.
+        """
+        latents = [z for z, _ in self.latents(pyramid)]
+        return [
+            null.energy(z) for null, z in zip(self.nulls, latents, strict=True) if isinstance(null, MeasuredNull)
+        ]
+
+    def load_original(self, state: Mapping[str, Tensor]) -> None:
+        """Load a checkpoint of the implementation (keys ``norms.*``, ``nf_flows.*``) into a prepared detector.
+
+        Raises:
+            InputError: names or shapes do not fit.
+        """
+        for i, (norm, flow) in enumerate(zip(self.norms, self.flows, strict=True)):
+            if self.norm == "affine":
+                load_original(norm, state, prefix=f"norms.{i}.")
+            load_original(flow, state, prefix=f"nf_flows.{i}.")
+
+
+def conv_chain(
+    shape: tuple[int, int, int],
+    steps: int,
+    *,
+    kernels: str = "31",
+    hidden: float = 1.0,
+    clamp: float = 2.0,
+    zero_init: bool = False,
+    generator: torch.Generator | None = None,
+) -> SequenceINN:
+    """Return a chain of ``steps`` couplings on maps [C, h, w]; see :class:`FastFlow` for the rest."""
+    flow = SequenceINN(*shape)
+    for step in range(steps):
+        kernel = 1 if step % 2 and kernels == "31" else 3
+        flow.append(
+            AllInOneBlock,
+            subnet=conv_subnet(kernel, generator=generator, ratio=hidden, zero_init=zero_init),
+            clamp=clamp,
+            permutation="hard",
+            generator=generator,
+        )
+    return flow
+
+
+def flow_loss(latents: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the sum over chains of mean_batch(|z|^2 / 2 - logdet), in nats per image."""
+    parts = [(0.5 * z.square().flatten(1).sum(1) - logdet).mean() for z, logdet in latents]
+    return torch.stack(parts).sum()
