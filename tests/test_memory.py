@@ -134,6 +134,11 @@ def test_a_full_cell_keeps_what_covers_the_others() -> None:
         local.add(part)
     local.finish()
     assert local.bank_.shape == (4, 3, 3)
+    same = LocalBank((2, 2), 3, 1)
+    same.start(3)
+    same.add(torch.ones(6, 4, 3))
+    same.finish()
+    assert all(len(set(cell)) == 3 for cell in same._numbers.tolist())
     assert float(local(bank).max()) < 0.1
 
 
@@ -176,6 +181,22 @@ def test_no_row_is_picked_twice_and_the_cover_is_within_twice_the_best(
     reach = brute_force(data, data[picks]).amin(dim=1).max()
     chosen = brute_force(data[picks], data[picks]) + torch.eye(len(picks)) * 1e9
     assert float(chosen.amin()) >= float(reach) - 1e-4
+
+
+def test_equal_rows_are_not_picked_twice_across_passes() -> None:
+    # 4 different rows: after 4 picks every distance is 0, and a pass ends after 256 picks.
+    data = 0.1 + torch.eye(4)[torch.arange(1500) % 4]
+    picks = greedy_coreset(data, 700, start_from_all(data))
+    assert len(set(picks.tolist())) == 700
+    assert len(set((picks[:4] % 4).tolist())) == 4
+
+
+def test_picks_do_not_depend_on_where_the_origin_is() -> None:
+    # Whole numbers, so that shifting by 1,000 is exact: only cancellation could tell the two apart.
+    rows = (100 * normal(1500, 3)).round() / 8
+    for start in (start_from_all, lambda x: start_from_points(x, torch.arange(3))):
+        near, far = (greedy_coreset(x, 40, start(x)) for x in (rows, rows + 1000))
+        assert torch.equal(near, far)
 
 
 def test_starts_are_the_sums_they_say() -> None:
