@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adflow.errors import InputError
-from adflow.methods._whiten import Moments, inverse_factor, shrink, whitening
+from adflow.methods._whiten import Moments, inverse_factor, whitening
 
 Rows = Callable[[Sequence[int]], Tensor]
 
@@ -30,6 +30,7 @@ _BASIS_ROWS = 1024  # images the context's principal components are taken from
 _CELLS = 8  # the context sees the image on at most 8 x 8 cells
 # Images that pull every slope towards 0: a ridge in the units of the standardised context.
 _SLOPE_PRIOR = 10.0
+_FLOOR = 0.02  # weight of the identity, the covariance of all patches, in what positions share
 
 
 class ContextWhitening(nn.Module):
@@ -39,13 +40,13 @@ class ContextWhitening(nn.Module):
         channels: C.
         grid: (h, w), P = h w positions.
         context: number of context components K; 0 = the Gaussian of the position alone.
-        shrinkage: weight of the identity in each position's covariance, in globally whitened space, in (0, 1].
+        shrinkage: weight, in each position's covariance, of the mean covariance of all positions, in (0, 1].
         ridge: added to the eigenvalues of the global correlation.
 
     Attributes:
         mean: [P, C], c_p.
-        factor: [P, C, C]: z = factor (x - mean) - slope u.
-        slope: [P, C, K].
+        factor: [P, C, C]: z = (x - mean) @ factor - u @ slope, rows as vectors: read once, in memory order.
+        slope: [K, P * C].
         logdet: [P], log |det dz/dx| at each position.
         centre, basis: [D] and [D, K]: context u = (pooled features - centre) @ basis.
     """
@@ -58,7 +59,7 @@ class ContextWhitening(nn.Module):
     basis: Tensor
 
     def __init__(
-        self, channels: int, grid: tuple[int, int], context: int, shrinkage: float = 0.3, ridge: float = 0.01
+        self, channels: int, grid: tuple[int, int], context: int, shrinkage: float = 0.5, ridge: float = 0.01
     ) -> None:
         super().__init__()
         positions = grid[0] * grid[1]
@@ -67,7 +68,7 @@ class ContextWhitening(nn.Module):
         self.context, self.shrinkage, self.ridge = context, shrinkage, ridge
         self.register_buffer("mean", torch.zeros(positions, channels))
         self.register_buffer("factor", torch.eye(channels).repeat(positions, 1, 1))
-        self.register_buffer("slope", torch.zeros(positions, channels, context))
+        self.register_buffer("slope", torch.zeros(context, positions * channels))
         self.register_buffer("logdet", torch.zeros(positions))
         self.register_buffer("centre", torch.zeros(channels * cells))
         self.register_buffer("basis", torch.zeros(channels * cells, context))
@@ -83,11 +84,11 @@ class ContextWhitening(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return z [B, P, C] of features [B, C, h, w]."""
-        centred = features.flatten(2).permute(2, 1, 0) - self.mean.unsqueeze(2)  # [P, C, B]
-        z = torch.bmm(self.factor, centred)
+        centred = features.flatten(2).permute(2, 0, 1) - self.mean.unsqueeze(1)  # [P, B, C]
+        z: Tensor = torch.bmm(centred, self.factor).transpose(0, 1)
         if self.context:
-            z = z - self.slope @ self.describe(features).T
-        return z.permute(2, 0, 1)
+            z = z - (self.describe(features) @ self.slope).reshape(-1, *self.mean.shape)
+        return z
 
     def learn(self, rows: Rows, which: Sequence[int]) -> None:
         """Take mean, slopes and covariances from the images ``which``; ``rows`` gives features [n, C, h, w].
@@ -160,15 +161,18 @@ class ContextWhitening(nn.Module):
             # Degrees of freedom that the slopes have used up make residuals too small by that share.
             used = float(torch.linalg.solve(context + prior, context).diagonal().sum())
         own = own * ((count - 1) / max(1.0, count - 1 - used))
-        factor, log_det = inverse_factor(shrink(own, self.shrinkage))
+        # A position borrows from what all positions have in common once mean and context are taken away. A part of
+        # the identity keeps that invertible where there are few images.
+        common = _FLOOR * torch.eye(channels, dtype=torch.float64) + (1 - _FLOOR) * own.mean(0)
+        factor, log_det = inverse_factor((1 - self.shrinkage) * own + self.shrinkage * common)
         # The context has mean 0 over the images of the basis, which may be a part of all.
         centre = moments.mean[:, :channels] - (slope[..., :kept] @ moments.mean[:, channels:, None]).squeeze(
             2
         )
         back = torch.linalg.inv(matrix)
         self.mean.copy_(world + centre @ back)
-        self.factor.copy_(factor @ matrix.T)
-        self.slope.copy_(factor @ slope)
+        self.factor.copy_((factor @ matrix.T).transpose(1, 2))
+        self.slope.copy_((factor @ slope).flatten(0, 1).T)
         self.logdet.copy_(torch.linalg.slogdet(matrix)[1] - 0.5 * log_det)
 
 
