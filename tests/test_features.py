@@ -317,6 +317,30 @@ def test_augmented_views_are_seeded_and_independent_of_threads(tiny_backbone: Ba
     assert not torch.equal(one.level(0)[6], one.level(0)[7])
 
 
+def test_every_image_passes_the_net_alone_with_one_thread(source: Source) -> None:
+    # Other nets than the default one round differently with more threads or in a batch.
+    seen: list[tuple[int, int]] = []
+
+    class Watch(torch.nn.Module):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            seen.append((len(x), torch.get_num_threads()))
+            return [x]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        FeatureBank.build(Backbone("watch", ("x",), [3], [1], "0" * 64, Watch()), source).close()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(1, 1)] * 7
+
+
+def test_a_bad_view_names_its_image(tiny_backbone: Backbone, source: Source) -> None:
+    source.images[4, 1, 5, 5] = float("nan")
+    with pytest.raises(InputError, match="features of image 4 are not finite"):
+        FeatureBank.build(tiny_backbone, source, views=2, augment=lambda image, g: image.clone(), generator=generator())
+
+
 def test_progress_counts_every_row(tiny_backbone: Backbone, source: Source) -> None:
     seen: list[tuple[int, int, str]] = []
     FeatureBank.build(tiny_backbone, source, progress=lambda *args: seen.append(args)).close()
