@@ -91,6 +91,10 @@ def read_header(path: Path) -> dict[str, Any]:
         DetectorFileError: no such file, or not a detector file of this version.
     """
     path = Path(path)
+    if path.is_dir():
+        from adflow.bundle import bundle_header
+
+        return bundle_header(path)
     try:
         with path.open("rb") as stream:
             start = stream.read(8)
@@ -127,7 +131,7 @@ def load_detector(
     """Load a fitted detector.
 
     Args:
-        path: file written by :func:`save_detector`.
+        path: file written by :func:`save_detector`, or a bundle (see :mod:`adflow.bundle`; it runs on the CPU).
         device: where to put it.
         weights: a local weight file for the backbone, when it is not on this machine otherwise.
 
@@ -136,6 +140,10 @@ def load_detector(
         UnavailableError: the backbone's weights are not on this machine.
     """
     path = Path(path)
+    if path.is_dir():
+        from adflow.bundle import load_bundle
+
+        return load_bundle(path)
     header = read_header(path)
     try:
         with safe_open(str(path), framework="pt") as stored:

@@ -12,7 +12,7 @@ import sys
 import click
 import typer
 
-from adflow.cli import calibrate, doctor, download, evaluate, fit, listing, score, segment
+from adflow.cli import calibrate, doctor, download, evaluate, export, fit, listing, score, segment
 from adflow.errors import AdflowError, ResourceError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("score")(score.score)
 app.command("segment")(segment.segment)
 app.command("evaluate")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("list")(listing.list_)
 app.command("doctor")(doctor.doctor)
 
