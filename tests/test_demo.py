@@ -46,9 +46,7 @@ def test_counts_masks_and_sizes(texture: str, cache: Path) -> None:
     assert len(one.train) == demo.TRAIN
     kinds = Counter(sample.defect for sample in one.test)
     assert kinds == {None: demo.GOOD, **dict.fromkeys(demo.DEFECTS, demo.EACH)}
-    assert len({sample.image.read_bytes() for sample in (*one.train, *one.test)}) == len(one.train) + len(
-        one.test
-    )
+    assert len({sample.image.read_bytes() for sample in (*one.train, *one.test)}) == len(one.train) + len(one.test)
     for sample in one.test:
         image = read_image(sample.image)
         assert image.shape == (256, 256, 3)
@@ -58,7 +56,7 @@ def test_counts_masks_and_sizes(texture: str, cache: Path) -> None:
         mask = read_mask(sample.mask)
         assert mask.shape == (256, 256)
         # Large enough to be seen, small enough to be a defect of the part and not another part.
-        assert 100 <= mask.sum() <= 8000, sample.image
+        assert 60 <= mask.sum() <= 8000, sample.image
         assert ndimage.label(mask, np.ones((3, 3)))[1] <= 8, sample.image
 
 
@@ -72,7 +70,7 @@ def test_masks_are_exactly_where_the_picture_changed() -> None:
     photos = {name: demo._photo(name) for name in demo.TEXTURES}
     for kind, make in demo._MAKERS.items():
         rng = np.random.default_rng(3)
-        clean = demo._crop(photos["gravel"], 320, 512, rng)
+        clean = demo._crop(photos["gravel"], rng)
         marred = make(clean, photos["brick"], rng)
         light = demo._Light(rng)
         picture, reference = light.expose(marred), light.expose(clean)
@@ -84,13 +82,15 @@ def test_masks_are_exactly_where_the_picture_changed() -> None:
         assert (difference[mask] >= demo._VISIBLE).mean() > 0.6, kind  # the rest are gaps that were closed
 
 
-def test_no_pixel_of_a_photograph_is_in_training_and_test() -> None:
-    photo = np.zeros((512, 512))
-    photo[:, demo._SPLIT :] = 255
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        assert demo._crop(photo, 0, demo._SPLIT, rng).max() == 0
-        assert demo._crop(photo, demo._SPLIT, 512, rng).min() == 255
+def test_good_images_for_training_and_testing_are_drawn_alike(cache: Path) -> None:
+    (one,) = open_data("demo/brick")
+    means = {
+        split: [float(read_image(s.image).mean()) for s in samples if not s.label]
+        for split, samples in (("train", one.train), ("test", one.test))
+    }
+    # One distribution: the mean brightness of 20 test images lies within three standard errors of the training's.
+    spread = np.std(means["train"]) / np.sqrt(len(means["test"]))
+    assert abs(np.mean(means["train"]) - np.mean(means["test"])) < 3 * spread
 
 
 @pytest.mark.usefixtures("small")
@@ -156,9 +156,7 @@ def test_two_processes_at_once(cache: Path) -> None:
     assert [path.name for path in (cache / "data/demo").iterdir()] == ["brick"]
 
 
-def test_without_the_photographs_it_says_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_photographs_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnavailableError, match=r"does not carry brick\.png"):
         open_data("demo/brick")
