@@ -40,7 +40,7 @@ _HOMES = {
     "open_data": "data",
 }
 
-__all__ = [  # noqa: RUF022 (grouped as the pipeline runs)
+__all__ = [
     "AdflowError",
     "Calibration",
     "Dataset",

@@ -110,7 +110,8 @@ def read_header(path: Path) -> dict[str, Any]:
             f"there is no detector file {path}", hint="`adflow list detectors` shows those found."
         ) from None
     except (OSError, SafetensorError, ValueError) as error:
-        raise DetectorFileError(f"{path} is damaged or not a detector: {error}", hint="Fit or fetch it again.") from None
+        message = f"{path} is damaged or not a detector: {error}"
+        raise DetectorFileError(message, hint="Fit or fetch it again.") from None
     if text is None:
         raise DetectorFileError(f"{path} is a safetensors file, but not one written by adflow")
     try:
@@ -225,6 +226,7 @@ def _set_learned(detector: Detector, tensors: dict[str, Tensor]) -> None:
             setattr(owner, leaf, value.clone())
         else:
             if value.shape != places[name].shape:
-                raise DetectorFileError(f"parameter {name} has shape {list(value.shape)}, expected {list(places[name].shape)}")
+                wanted = list(places[name].shape)
+                raise DetectorFileError(f"parameter {name} has shape {list(value.shape)}, expected {wanted}")
             with torch.no_grad():
                 getattr(owner, leaf).copy_(value)

@@ -8,7 +8,6 @@ Memory is bounded: at most a few images per worker are under way, whatever the l
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections import deque
@@ -24,6 +23,7 @@ import torch
 from adflow.data import Sample
 from adflow.detector import Detector
 from adflow.errors import InputError
+from adflow.features import one_thread
 from adflow.imaging import Box, fit_to, read_image
 
 
@@ -58,17 +58,6 @@ def default_workers() -> int:
     return max(1, min(cores, 8))
 
 
-@contextlib.contextmanager
-def single_threaded() -> Iterator[None]:
-    """Give torch one thread per operation for as long as this lasts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def run(
     detector: Detector,
     samples: Iterable[Sample],
@@ -99,7 +88,7 @@ def run(
     count = workers or default_workers()
     source = iter(samples)
     if detector.device().type == "cpu":
-        with single_threaded(), ThreadPoolExecutor(count, "adflow-score") as pool:
+        with one_thread(), ThreadPoolExecutor(count, "adflow-score") as pool:
             yield from _ordered(pool, work.whole, source, ahead=2 * count)
     else:
         with ThreadPoolExecutor(count, "adflow-score") as pool:

@@ -72,10 +72,10 @@ def test_scoring_changes_no_state_and_no_generator(name: str, fitted: dict[str, 
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    numpy_state = np.random.get_state()[1].copy()  # type: ignore[index, union-attr]  # noqa: NPY002
+    numpy_state = np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
     detector.score(good_images(2))
     assert torch.equal(torch.rand(3), expected)
-    assert np.array_equal(np.random.get_state()[1], numpy_state)  # type: ignore[arg-type]  # noqa: NPY002
+    assert np.array_equal(np.random.get_state()[1], numpy_state)  # type: ignore[arg-type]
     after = detector.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before) and not detector.training
 

@@ -25,7 +25,7 @@ def oracle(name: str) -> dict[str, np.ndarray]:
         return {key: arrays[key] for key in arrays.files}
 
 
-def weights(name: str) -> dict[str, "object"]:
+def weights(name: str) -> dict[str, object]:
     """Return the state dict of ``name``.safetensors as torch tensors, or skip the test."""
     from safetensors.torch import load_file
 

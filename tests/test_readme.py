@@ -40,7 +40,8 @@ def test_examples_in_docstrings(name: str) -> None:
 def test_commands_and_options_exist() -> None:
     group = typer.main.get_command(cli.app)
     lines = [line for kind, block in BLOCKS if kind in ("bash", "yaml") for line in block.splitlines()]
-    commands = [part.strip() for line in lines for part in re.split(r"&&|#", line) if part.strip().startswith("adflow ")]
+    parts = [part.strip() for line in lines for part in re.split(r"&&|#", line)]
+    commands = [part for part in parts if part.startswith("adflow ")]
     assert len(commands) >= 8
     for command in commands:
         words = shlex.split(command)

@@ -1,1 +1,1 @@
-"""The commands as plain functions, one file each, named as in :mod:`adflow.cli`; the command line is a skin over them."""
+"""The commands as plain functions, one file each, named as in :mod:`adflow.cli`, which is a skin over them."""

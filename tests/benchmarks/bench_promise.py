@@ -19,9 +19,8 @@ from adflow import methods, metrics
 from adflow.calibration import Calibration
 from adflow.data import Images, open_data
 from adflow.detector import FeatureDetector
-from adflow.features import FeatureBank
+from adflow.features import FeatureBank, one_thread
 from adflow.imaging import mask_to, read_mask
-from adflow.pipeline import single_threaded
 from adflow.tasks.fit import hold_out
 
 EPS = (0.1, 0.3, 1.0)
@@ -31,7 +30,7 @@ RATES = (0.05, 0.1)
 def maps_of(detector: FeatureDetector, bank: FeatureBank, rows: list[int]) -> tuple[list[np.ndarray], np.ndarray]:
     """Score rows of a bank one by one, as scoring of files does."""
     maps, scores = [], []
-    with torch.inference_mode(), single_threaded():
+    with torch.inference_mode(), one_thread():
         for row in rows:
             pyramid = bank.pyramid([row])
             found = detector.score_maps(pyramid, bank.size)
