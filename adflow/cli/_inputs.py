@@ -42,7 +42,7 @@ def open_detector(
 ) -> tuple[Detector, Path]:
     """Load the detector that ``--model`` means; say which one when the user named none."""
     from adflow.detector_file import load_detector
-    from adflow.tasks._device import choose_device
+    from adflow.tasks._device import choose_device, has_bf16
 
     path = find_detector(model, runs)
     if model is None:
@@ -51,5 +51,8 @@ def open_detector(
         raise UsageError(f"unknown precision '{precision}', expected float32 or bf16")
     detector = load_detector(path, device=choose_device(device), weights=weights)
     if precision == "bf16":
-        detector.backbone.to_precision("bf16")
+        if has_bf16(detector.device()):
+            detector.backbone.to_precision("bf16")
+        else:
+            talk.say("this processor has no bfloat16 arithmetic: float32 is used, which is faster here")
     return detector, path

@@ -13,9 +13,9 @@ import torch
 from adflow.calibration import Calibration
 from adflow.data import Images, Sample
 from adflow.detector import Detector, FeatureDetector, Progress, Resources
-from adflow.features import FeatureBank
+from adflow.features import FeatureBank, one_thread
 from adflow.imaging import Box, Size, fit_to, read_image
-from adflow.pipeline import default_workers, single_threaded
+from adflow.pipeline import default_workers
 
 
 class TrainFeatures:
@@ -83,7 +83,7 @@ class TrainFeatures:
         def score(row: int) -> tuple[Any, float]:
             return _score(detector, self.bank, row, box)
 
-        with single_threaded(), ThreadPoolExecutor(default_workers(), "adflow-calibrate") as pool:
+        with one_thread(), ThreadPoolExecutor(default_workers(), "adflow-calibrate") as pool:
             found = list(pool.map(score, (row for _, row in rows)))
         return Calibration.from_maps([m for m, _ in found], np.array([value for _, value in found]))
 
@@ -94,7 +94,7 @@ class TrainFeatures:
         its own: one image more is a cheap proof.
         """
         array, _ = fit_to(read_image(self._train[index].image), self.bank.size, False)
-        with single_threaded():
+        with one_thread():
             scores = detector.score(torch.from_numpy(array)[None], [box])
             score_map, value = _score(detector, self.bank, row, box)
         return np.array_equal(scores.map[0].numpy(), score_map) and float(scores.image[0]) == value

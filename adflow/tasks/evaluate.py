@@ -16,7 +16,8 @@ from adflow._files import make_folder, write_text
 from adflow.detector import Detector, Progress
 from adflow.detector_file import digest, load_detector
 from adflow.errors import AdflowError, InputError
-from adflow.pipeline import default_workers, single_threaded
+from adflow.features import one_thread
+from adflow.pipeline import default_workers
 from adflow.runs import run_name
 from adflow.tasks._bank import TrainFeatures, can_share
 from adflow.tasks._cells import Job, Measuring, read_cell, write_cell
@@ -202,7 +203,7 @@ def _results(
     if processes > 1 and sum(map(len, items)) > 1:
         yield from run_units(work, items, processes)
         return
-    with single_threaded():
+    with one_thread():
         for number, unit in enumerate(items):
             for place, result in enumerate(work(unit, progress)):
                 if alone and isinstance(result, Exception):
