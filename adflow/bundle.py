@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,11 +93,16 @@ def open_model(path: Path, kind: str) -> Run:
         need(("onnxruntime",), "a bundle in ONNX format")
         session = onnx_session(path.read_bytes())
         return lambda images: cast(Sequence[np.ndarray], session.run(list(OUTPUTS), {"images": images}))
-    program = torch.jit.load(str(path)) if kind == "torchscript" else torch.export.load(path).module()
+    with warnings.catch_warnings():
+        # torch tells that TorchScript has no future; who asked for it has a runtime that needs it.
+        warnings.simplefilter("ignore")
+        torch_: Any = torch  # torch.jit is untyped
+        program: Any = torch_.jit.load(str(path)) if kind == "torchscript" else torch.export.load(path).module()
 
     def run(images: np.ndarray) -> Sequence[np.ndarray]:
         with torch.inference_mode():
-            parts = [program(part) for part in torch.from_numpy(images).split(1 if kind == "torch" else len(images))]
+            step = 1 if kind == "torch" else len(images)
+            parts = [program(part) for part in torch.split(torch.from_numpy(images), step)]
         return [torch.cat([part[i] for part in parts]).numpy() for i in range(len(OUTPUTS))]
 
     return run

@@ -131,8 +131,9 @@ def write_program(detector: Detector, thresholds: Thresholds, kind: str, path: P
 
 
 def _write_torchscript(detector: Detector, thresholds: Thresholds, example: Tensor, path: Path) -> None:
-    one = torch.jit.trace(Program(detector, thresholds).eval(), (example,), check_trace=False)
-    torch.jit.script(_EachImage(one).eval()).save(str(path))
+    jit: Any = torch.jit
+    one = jit.trace(Program(detector, thresholds).eval(), (example,), check_trace=False)
+    jit.script(_EachImage(one).eval()).save(str(path))
 
 
 def _write_torch(detector: Detector, thresholds: Thresholds, example: Tensor, path: Path) -> None:
@@ -142,8 +143,8 @@ def _write_torch(detector: Detector, thresholds: Thresholds, example: Tensor, pa
 def _write_onnx(detector: Detector, thresholds: Thresholds, example: Tensor, path: Path) -> None:
     import onnx
 
-    buffer = io.BytesIO()
-    with watch(detector) as stages:
+    buffer: Any = io.BytesIO()
+    with watch(detector) as stages, _stable_sort():
         program = Program(detector, thresholds, stages).eval()
         program(example)
         names = [f"one_{name}" for name in (*OUTPUTS, *stages.names)]
@@ -159,6 +160,26 @@ def _write_onnx(detector: Detector, thresholds: Thresholds, example: Tensor, pat
     model = over_batch(onnx.load_from_string(buffer.getvalue()))
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
+
+
+@contextlib.contextmanager
+def _stable_sort() -> Iterator[None]:
+    """Teach the exporter ``Tensor.sort(stable=True)``: ONNX's TopK breaks ties by the lower index, which is stable."""
+    exporter: Any = torch.onnx  # its types are not exported
+
+    def sort(g: Any, values: Any, *options: Any) -> Any:
+        # (dim, descending), or (stable, dim, descending).
+        dim = exporter.symbolic_helper._get_const(options[-2], "i", "dim")
+        descending = exporter.symbolic_helper._get_const(options[-1], "i", "descending")
+        axis = g.op("Constant", value_t=torch.tensor([dim]))
+        length = g.op("Gather", g.op("Shape", values), axis)
+        return g.op("TopK", values, length, axis_i=dim, largest_i=descending, sorted_i=1, outputs=2)
+
+    exporter.register_custom_op_symbolic("aten::sort", sort, OPSET)
+    try:
+        yield
+    finally:
+        exporter.unregister_custom_op_symbolic("aten::sort", OPSET)
 
 
 def over_batch(one: Any) -> Any:

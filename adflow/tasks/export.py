@@ -26,9 +26,9 @@ from adflow.data import Sample
 from adflow.detector import Detector, Progress
 from adflow.detector_file import digest, load_detector, read_header
 from adflow.errors import GateError, InputError
+from adflow.features import one_thread
 from adflow.fetch import push_detector
 from adflow.imaging import fit_to, read_image
-from adflow.pipeline import single_threaded
 from adflow.runs import runs_folder
 from adflow.tasks._point import operating_point
 from adflow.tasks._program import Thresholds, watch, with_stages, write_program
@@ -38,7 +38,7 @@ FORMATS = tuple(MODELS)
 # Of the map's range: what float32 kernels that add in another order differ by is some 1e-6, an error is more.
 TOLERANCE = 1e-4
 
-_PREDICT = '''"""python predict.py IMAGE...: score, verdict and marked share of each. Needs numpy, onnxruntime and pillow only.
+_PREDICT = '''"""python predict.py IMAGE...: score, verdict, marked share. Needs numpy, onnxruntime and pillow only.
 
 For 8-bit pictures without transparency; `adflow score --model .` reads all kinds and gives p-values and regions.
 """
@@ -55,7 +55,8 @@ about = json.loads((here / "metadata.json").read_text(encoding="utf-8"))
 height, width = about["input"]["size"]
 session = onnxruntime.InferenceSession(str(here / about["model"]), providers=["CPUExecutionProvider"])
 for name in sys.argv[1:]:
-    picture = ImageOps.exif_transpose(Image.open(name)).convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    picture = ImageOps.exif_transpose(Image.open(name)).convert("RGB")
+    picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     pixels = np.asarray(picture, dtype=np.float32)[None]  # [1, H, W, 3], 0..255
     anomaly_map, score, verdict, mask = session.run(["map", "score", "verdict", "mask"], {"images": pixels})
     label = about["labels"][int(verdict[0])] if about["thresholds"]["image"] is not None else None
@@ -192,7 +193,7 @@ def export_bundle(
         make_folder(beside)
         write_program(detector, levels, kind, beside / MODELS[kind])
         _write_about(detector, model, beside, kind, about)
-        with single_threaded():
+        with one_thread():
             certificate = certify(detector, beside, kind, samples, tolerance, bisect, progress)
         certificate["detector_sha256"] = sha256_of(model)
         (beside / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
