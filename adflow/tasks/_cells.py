@@ -11,10 +11,10 @@ import base64
 import hashlib
 import json
 import re
-import sys
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ from adflow.tasks._measure import MAP_MEMORY, Evaluation, streaming_note, stream
 from adflow.tasks.fit import FitOptions, prepare
 
 FORMAT = 1
-# Files of the package that look at results and do not make them.
-_LOOKS = {"report.py", "_page.py", "_grid.py", "published.py", "_publish.py", "_difference.py", "_jobs.py", "doctor.py"}
+# Modules that look at results and do not make them.
+_LOOKS = {"adflow.report", "adflow.published", "adflow.fetch", "adflow.zoo", "adflow.tasks.segment"}
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def plan_fits(
     """
     facts: dict[str, Any] = {}
     jobs = []
-    code = code_digest()
+    codes = {name: code_digest(name) for name in names}
     for data in classes:
         state = data_state(data)
         for name in names:
@@ -136,7 +136,7 @@ def plan_fits(
                         "dtype": options.resources.dtype,
                         "device": choose_device(options.device).type,
                     }
-                    | _common(data, state, measuring, found.get("size"), code)
+                    | _common(data, state, measuring, found.get("size"), codes[name])
                 )
                 group = (data.name, str(data.root), found.get("group"))
                 note = _note(data, found.get("size"), measuring)
@@ -164,7 +164,7 @@ def plan_model(
     size = header.get("size") or [0, 0]
     key = _digest(
         {"model": header.get("digest"), "precision": precision, "device": choose_device(device).type}
-        | _common(data, data_state(data), measuring, (int(size[0]), int(size[1])), code_digest())
+        | _common(data, data_state(data), measuring, (int(size[0]), int(size[1])), code_digest(header["method"]))
     )
     run = model.parent.name if model.stem == "detector" else model.stem
     stem = run_name(data.name, run, str(header.get("digest"))[:8], 0)
@@ -203,7 +203,6 @@ def _facts(data: Dataset, options: FitOptions) -> dict[str, Any]:
     backbone = detector.backbone
     shared = bank_key(detector, size, keep)
     fit = [options.method, detector.params(), backbone.name, backbone.taps, backbone.weights, size, keep]
-    fit.append(_source_of(type(detector).__module__))
     return {"backbone": backbone.name, "fit": plain(fit), "group": shared, "size": size}
 
 
@@ -249,22 +248,47 @@ def data_state(data: Dataset) -> str:
     return total.hexdigest()
 
 
-def code_digest() -> str:
-    """Return the sha256 over the sources that make results: a cell of other code is computed again."""
-    root = Path(__file__).parents[1]
+def code_digest(method: str) -> str:
+    """Return the sha256 over the sources a result comes from: the method's module and all it imports from adflow.
+
+    So a cell is computed again after a change of its method or of the metrics, and not after one of another method.
+    Modules that only look at results count as little as the command line.
+    """
+    module = methods.get(method).__module__
+    waiting, seen = {module, "adflow.tasks.fit", "adflow.tasks._measure", "adflow.tasks._pictures"}, set[str]()
     total = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        if path.name not in _LOOKS and "cli" not in path.relative_to(root).parts:
-            total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    sources: dict[str, bytes] = {}
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        source = _source(name)
+        if source is not None and name not in _LOOKS:
+            sources[name] = source
+            waiting |= {found for found in _imported(source.decode()) if found not in seen}
+    for name in sorted(sources):
+        total.update(name.encode() + b"\0" + sources[name])
     return total.hexdigest()
 
 
-def _source_of(module: str) -> str | None:
-    """Return the sha256 of a method's source when it lies outside of this package, which has its own digest."""
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None or module.startswith("adflow."):
+def _imported(source: str) -> set[str]:
+    """Return the names below adflow that a source imports, of modules or of what is in them."""
+    found: set[str] = set()
+    pattern = r"^[ ]*(?:from|import) (adflow[\w.]*)(?: import (?:\(([^)]*)\)|([\w, ]+)))?"
+    for start, several, one_line in re.findall(pattern, source, re.MULTILINE):
+        names = (several or one_line).split(",")
+        found |= {start, *(f"{start}.{name.strip().split(' ')[0]}" for name in names if name.strip())}
+    return found
+
+
+def _source(name: str) -> bytes | None:
+    """Return the source of a module, or None when there is no such module."""
+    try:
+        spec = find_spec(name)
+    except (ImportError, ValueError):
         return None
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    return Path(spec.origin).read_bytes()
 
 
 def write_cell(folder: Path, job: Job, found: Evaluation, extra: dict[str, Any]) -> dict[str, Any]:
