@@ -56,8 +56,9 @@ def run_units(work: Work, units: Sequence[Sequence[Any]], jobs: int) -> Iterator
                 theirs.close()
                 there[mine] = _Process(process)
                 _send(mine, there[mine], units, waiting.popleft())
-            for connection in wait(list(there)):
-                assert isinstance(connection, Connection)
+            for ready in wait(list(there)):
+                assert isinstance(ready, Connection)
+                connection = ready
                 one = there[connection]
                 unit, at = one.unit, one.at
                 try:
