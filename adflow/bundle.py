@@ -151,6 +151,12 @@ class Bundle(Detector):
         height, width = about["input"]["size"]
         self.size = (int(height), int(width))
         self.provenance = dict(header["provenance"])
+        # The class cannot know it: tables name the method that was exported.
+        self.__dict__["method"] = lambda: str(header["method"])
+
+    def learned(self) -> dict[str, Tensor]:
+        """Return the sha256 of the exported model, which stands for what it holds."""
+        return {"model": torch.tensor(list(bytes.fromhex(self.about["sha256"])), dtype=torch.uint8)}
 
     def params(self) -> dict[str, Any]:
         """Return the constructor parameters of the detector that was exported."""

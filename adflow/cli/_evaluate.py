@@ -13,7 +13,7 @@ from rich.console import Group
 from adflow import published, report
 from adflow.cli._console import Talk
 from adflow.data import Dataset, open_data
-from adflow.errors import GateError, InputError, PartialError, UsageError
+from adflow.errors import GateError, PartialError, UsageError
 from adflow.report import METRICS, Gridded
 from adflow.runs import find_detector, run_for, runs_folder
 from adflow.tasks._cells import Job, Measuring, plan_fits, plan_model, read_cells, unique
@@ -145,8 +145,6 @@ def models(
 
 
 def _model(one: Dataset, path: Path, measuring: Measuring, where: Where) -> Job:
-    if not path.is_file():
-        raise InputError(f"{path} is an exported bundle; evaluate needs the detector file it was made from")
     return plan_model(
         one, path, measuring, device=where.device, precision=where.precision, weights=where.weights
     )
