@@ -367,18 +367,20 @@ def _grid(report: Report, width: int | None) -> Grid:
         len(names),
         lines[: len(by_class)],
         lines[len(by_class) :],
-        _notes(report, by_class, means, notes_for),
+        _notes(report, by_class, means, notes_for, bounds=width is None),
         title.lstrip(", "),
     )
 
 
-def _notes(report: Report, by_class: pd.DataFrame, means: pd.DataFrame, shown: Sequence[str]) -> list[str]:
+def _notes(
+    report: Report, by_class: pd.DataFrame, means: pd.DataFrame, shown: Sequence[str], bounds: bool
+) -> list[str]:
     """Return the lines under the table: units, seeds, what is undefined and why, what failed."""
     notes = ["per cent" + "".join(f"; {words}" for metric, words in MEANING.items() if metric in shown)]
     seeds = int(by_class["seeds"].max())
     if seeds > 1:
         notes[0] += f"; mean of {seeds} seeds ± standard deviation"
-    if any(str(name).endswith("_ci_low") for name in by_class):
+    if bounds and any(str(name).endswith("_ci_low") for name in by_class):
         notes[0] += "; [bounds] of the confidence interval"
     for metric in shown:
         reasons: dict[str, list[str]] = {}

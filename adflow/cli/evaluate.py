@@ -204,6 +204,8 @@ def evaluate(
     found = _publish.provenance(outcome, command, facts)
     table = _publish.publish(outcome, found, folder, page=report, beside=beside)
     parts: list[Any] = [table.table(talk.out.width)]
+    if ci:
+        parts.append(_publish.interval_grid(outcome.rows).rich())
     if per_defect:
         parts.append(_publish.defect_grid(outcome.rows, talk.out.width).rich())
     parts += [one.grid().rich() for one in beside]

@@ -12,11 +12,11 @@ import numpy as np
 from adflow.data import Dataset, Sample
 from adflow.detector import Detector
 from adflow.imaging import Box, read_mask, restore
-from adflow.overlays import Scale, write_overlay
+from adflow.overlays import Scale, Verdict, write_overlay
 from adflow.pipeline import Scored, run
 from adflow.report import ImageRecord, worst
 from adflow.tasks._cells import Measuring
-from adflow.tasks._measure import Evaluation, find
+from adflow.tasks._measure import Evaluation, find, image_threshold
 from adflow.tasks._point import OperatingPoint
 from adflow.tasks.segment import output_names, overlay_scale
 
@@ -46,6 +46,8 @@ class Drawer:
     ) -> None:
         self.detector, self.point, self.folder, self.size = detector, point, folder, size
         self.scale = scale or (overlay_scale(detector, point) if point is not None else None)
+        # The verdict is that of the page around the picture: of the image score, not of the regions.
+        self.level = image_threshold(detector, point)[0]
         self.names = output_names([sample.image for sample in data.test])
 
     def path(self, sample: Sample) -> Path:
@@ -56,11 +58,13 @@ class Drawer:
         assert scored.picture is not None and self.scale is not None
         box = Box(0, 0, *scored.map.shape)
         mask = None
-        verdict = None
+        verdict: Verdict | None = None
         if self.point is not None:
             small, regions = find(self.detector.calibration, scored.map, self.point.threshold)
             mask = restore(small.astype(np.float32), box, scored.original) >= 0.5
             verdict = "defect" if regions else "good"
+        if self.level is not None:
+            verdict = "defect" if scored.image >= self.level else "good"
         sample = scored.sample
         truth = None if sample.mask is None else read_mask(sample.mask, sample.mask_index)
         write_overlay(

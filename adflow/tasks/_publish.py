@@ -263,6 +263,20 @@ def defect_grid(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> 
     return Grid(list(table), len(names), body, [], notes, title)
 
 
+def interval_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
+    """Return the confidence intervals of each cell, one line per figure: a terminal has no room for them beside it."""
+    body = []
+    for row in rows:
+        for name, (heading, percent) in METRICS.items():
+            low, high = (number(row.get(f"{name}_ci_{end}")) for end in ("low", "high"))
+            if low is not None and high is not None:
+                interval = f"[{show(low, percent)}, {show(high, percent)}]"
+                seed = "" if row.get("seed") is None else str(row["seed"])
+                body.append([str(row["class"]), str(row["method"]), seed, heading, show(row[name], percent), interval])
+    headings = ["class", "method", "seed", "figure", "value", "95% interval"]
+    return Grid(headings, 4, body, [], ["bootstrap over images, defective and good ones drawn apart"], "intervals")
+
+
 def _float(key: str, value: Any) -> Any:
     if key in DEFECT_COLUMNS or key == "n":
         found = number(value)

@@ -118,6 +118,8 @@ def test_every_form_of_the_table_and_the_page_are_written(parts: Path, done: Pat
     page = (done / "report.html").read_text()
     assert page.count("data:image/") == 3 * 12 and "http://" not in page.replace("http://www.w3.org", "")
     assert "--per-defect" in page or "evaluate" in page
+    shown = call("evaluate", parts, *SAME, "--out", done, "--ci", "--no-report")
+    assert "95% interval" in shown.out and "[100.0, 100.0]" in shown.out
     # Other settings are other cells.
     other = call("evaluate", parts, *FIT, "--out", done.parent / "other", "--nfa", "0.5", "--no-report", "--json")
     assert other.code == 0 and other.json()["rows"][0]["setting"] == "nfa 0.5"
