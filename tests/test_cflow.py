@@ -336,3 +336,10 @@ def test_running_statistics_go_back_too() -> None:
     with pytest.raises(TrainingError):
         train(net, lambda x: net(x).square().mean(), batches, steps=20, lr=1e-3)
     assert torch.isfinite(net[1].running_mean).all()
+
+
+def test_recipes_differ_by_their_couplings(tiny_backbone: Backbone) -> None:
+    outside = ("backbone", "taps", "size")
+    for name, blocks in (("fast", 0), ("trained", 4), ("paper", 8)):
+        recipe = {key: value for key, value in CFlow.recipe_for(name).items() if key not in outside}
+        assert CFlow(tiny_backbone, **recipe).blocks == blocks
