@@ -240,9 +240,10 @@ class Calibration:
         return np.asarray((1 + as_high) / (self.n + 1), dtype=np.float64)
 
     def segment(self, score: Map, threshold: float) -> tuple[Mask, list[Region]]:
-        """Return the mask and regions of a map: seeds above ``threshold``, grown to the 0.1 % pixel level.
+        """Return the mask and regions of a map: what lies above ``threshold``, outlined by its own height.
 
-        A part of {map > growth level} is kept when it holds a seed, so growing cannot add a region.
+        An outline reaches down to 70 % of its peak's height over the median normal pixel, never below the 0.1 %
+        pixel level or the threshold, whichever is lower. Each detection has one outline, so none is added.
 
         Args:
             score: [H, W], higher = more anomalous.
@@ -251,7 +252,13 @@ class Calibration:
         Returns:
             mask [H, W] bool, and its regions, highest peak first.
         """
-        return plain_regions(score, threshold, grow_to=self.pixel_level, log10_nfa=self.log10_nfa)
+        return plain_regions(
+            score,
+            threshold,
+            grow_to=self.pixel_level,
+            ordinary=self.pixel_median,
+            log10_nfa=self.log10_nfa,
+        )
 
     def observed(self, threshold: float) -> dict[str, float]:
         """Return what the held-out images show at a level: images, regions_per_image, flagged_share."""

@@ -157,24 +157,35 @@ def test_a_curve_that_was_cut_is_never_trusted_below_its_end() -> None:
     assert Calibration.from_maps(maps, np.zeros(30)).threshold(1.5) < 21.0
 
 
-def test_growing_adds_no_region_and_reaches_the_pixel_level() -> None:
+def test_outlines_add_no_region_and_follow_their_own_peak() -> None:
     maps = normal_maps(80, seed=2, side=48)
     calibration = calibrate(maps)
     pixels = np.sort(maps.ravel())[::-1]
     assert calibration.pixel_level == pixels[int(1e-3 * maps.size)]
-    level = calibration.threshold(0.1)
+    level, base = calibration.threshold(0.1), calibration.pixel_median
     assert level > calibration.pixel_level
-    grown_somewhere = False
     for m in normal_maps(40, seed=9, side=48) * np.float32(1.5):
-        seeds, plain = plain_regions(m, level)
+        _, plain = plain_regions(m, level)
         mask, regions = calibration.segment(m, level)
-        assert len(regions) <= len(plain) and (mask >= seeds).all() and (m[mask] > calibration.pixel_level).all()
+        assert len(regions) <= len(plain) and bool(regions) == bool(plain)
+        for found in regions:
+            lowest = float(m[found.mask].min())
+            assert lowest >= min(calibration.pixel_level, base + 0.7 * (found.peak - base))
+            # Outlines that touch are one region with the higher peak.
+            assert found.peak > level
         assert sum(region.area for region in regions) == mask.sum()
         assert all(region.log10_nfa is not None and region.log10_nfa <= -1 for region in regions)
-        grown_somewhere |= bool(mask.sum() > seeds.sum())
-    assert grown_somewhere
-    below = calibration.pixel_level - 0.5
-    np.testing.assert_array_equal(calibration.segment(maps[0], below)[0], maps[0] > below)
+
+
+def test_a_strong_blob_is_outlined_tighter_than_the_threshold_would() -> None:
+    calibration = calibrate(normal_maps(40, seed=3, side=48))
+    level, base = calibration.threshold(0.3), calibration.pixel_median
+    y, x = np.mgrid[:48, :48]
+    peak = base + 10 * (level - base)
+    blob = base + (peak - base) * np.exp(-((y - 24) ** 2 + (x - 20) ** 2) / (2 * 6.0**2))
+    mask, regions = calibration.segment(blob.astype(np.float32), level)
+    np.testing.assert_array_equal(mask, blob >= base + 0.7 * (peak - base))
+    assert len(regions) == 1
 
 
 def test_p_values_are_conformal() -> None:
