@@ -18,7 +18,7 @@ Decisions where paper, code and statistics differ:
   random generator; ours are buffers and saved.
 * The original limits a coupling's output to +-1e6, where it would no longer be invertible; ours does not.
 * Image score. ``image_by="mean"`` is the paper's mean of z^2 / 2 over all entries of all scales (equation 6 up to a
-  constant). It drowns small defects in 256 px images; the fast recipe reduces the map instead.
+  constant), in which a defect counts by its area; the fast recipe reduces the map instead.
 * Map. The original shows the finest scale alone (``map_scales="finest"``) and says it was not made for that; by default
   ours is the mean over scales. ``score_by="energy"`` is mean_c z^2, ``"density"`` (|z|^2 / 2 - logdet) / C.
 * Features in front. ``norm="position"`` (fast recipe) whitens each position by the Gaussian of the training features: a
