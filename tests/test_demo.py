@@ -56,7 +56,7 @@ def test_counts_masks_and_sizes(texture: str, cache: Path) -> None:
         mask = read_mask(sample.mask)
         assert mask.shape == (256, 256)
         # Large enough to be seen, small enough to be a defect of the part and not another part.
-        assert 60 <= mask.sum() <= 8000, sample.image
+        assert 100 <= mask.sum() <= 8000, sample.image
         assert ndimage.label(mask, np.ones((3, 3)))[1] <= 8, sample.image
 
 

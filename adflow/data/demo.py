@@ -46,11 +46,12 @@ DEFECTS = ("patch", "scratch", "stain", "thread")
 SIDE = 256
 TRAIN, GOOD, EACH = 100, 20, 6  # images: training, good test, test per kind of defect
 # To be raised with any change of the pixels: older copies are then made anew.
-RECIPE = "adflow demo, recipe 2"
+RECIPE = "adflow demo, recipe 3"
 
 _PHOTO = 512
 _MARK = "recipe.txt"
 _VISIBLE = 8  # grey levels: what changed by less is not called defect
+_SMALLEST = 100  # pixels of a defect
 _ABANDONED = 3600  # seconds after which the half-made copy of a killed process is removed
 
 Plane = npt.NDArray[np.float64]
@@ -82,15 +83,25 @@ def build(texture: str, folder: Path) -> None:
             _save(_Light(rng).expose(clean), folder / split / "good" / f"{number:03d}.png")
     for kind in DEFECTS:
         for number in range(EACH):
-            clean = _crop(photos[texture], rng)
-            foreign = photos[TEXTURES[(TEXTURES.index(texture) + 1 + number % 2) % len(TEXTURES)]]
-            marred = _MAKERS[kind](clean, foreign, rng)
-            light = _Light(rng)
-            picture, reference = light.expose(marred), light.expose(clean)
+            picture, mask = _defective(kind, texture, photos, number, rng)
             _save(picture, folder / "test" / kind / f"{number:03d}.png")
-            mask = _mask(picture, reference)
             _save(mask.astype(np.uint8) * 255, folder / "ground_truth" / kind / f"{number:03d}_mask.png")
     (folder / _MARK).write_text(RECIPE + "\n", encoding="utf-8")
+
+
+def _defective(
+    kind: str, texture: str, photos: dict[str, Plane], number: int, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    """Return a picture with a defect and its mask; one that cannot be seen is drawn again."""
+    foreign = photos[TEXTURES[(TEXTURES.index(texture) + 1 + number % 2) % len(TEXTURES)]]
+    while True:
+        clean = _crop(photos[texture], rng)
+        marred = _MAKERS[kind](clean, foreign, rng)
+        light = _Light(rng)
+        picture, reference = light.expose(marred), light.expose(clean)
+        mask = _mask(picture, reference)
+        if mask.sum() >= _SMALLEST:
+            return picture, mask
 
 
 def _place(texture: str, folder: Path) -> None:
