@@ -70,7 +70,7 @@ def make_tiny_images(count: int = 12, height: int = 64, width: int = 64, seed: i
     return TinyImages(pictures[:-1].contiguous(), defective, mask)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny_backbone() -> Backbone:
     return TinyBackbone()
 
