@@ -52,10 +52,18 @@ def _methods() -> list[dict[str, Any]]:
 
 
 def _zoo(extra: Path | None, part: str) -> list[dict[str, Any]]:
+    from adflow._store import size_text
     from adflow.zoo import load
 
-    entries = getattr(load(extra), part)
-    return [asdict(entry) for entry in entries.values()]
+    catalogue = load(extra)
+    rows = [asdict(entry) for entry in getattr(catalogue, part).values()]
+    if part == "datasets":
+        from adflow.tasks.download import plan
+
+        for row in rows:
+            found = plan(row["name"], catalogue=catalogue)
+            row |= {"size": size_text(found.bytes), "installed": found.here}
+    return rows
 
 
 def _detectors(runs: Path | None) -> list[dict[str, Any]]:
@@ -81,7 +89,7 @@ _SHOWN = ("data", "method", "backbone", "recipe", "size", "seed", "images", "hel
 _COLUMNS = {
     "methods": ("name", "year", "learns", "null", "fit_cost", "score_cost", "paper"),
     "backbones": ("name", "taps", "licence", "offline"),
-    "datasets": ("name", "title", "bytes", "licence", "installed"),
+    "datasets": ("name", "title", "size", "licence", "installed"),
     "detectors": ("name", "data", "method", "backbone", "size", "held_out", "bytes"),
 }
 

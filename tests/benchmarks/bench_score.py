@@ -66,7 +66,7 @@ def main() -> None:
                 rates[name].append(len(images) / (time.perf_counter() - began))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     best = max(value for name, value in medians.items() if name.startswith("encoder"))
-    print(f"{detector.method()} on {detector.backbone.name}, {detector.size} px, {len(images)} images, {workers} workers")
+    print(f"{detector.method()} on {detector.backbone.name}, {detector.size} px, {len(images)} images, {workers} cores")
     for name, value in medians.items():
         spread = f"{min(rates[name]):.1f} to {max(rates[name]):.1f}"
         print(f"{name:32} {value:7.1f} images/s ({spread})   {value / best:.2f} of the encoder")
