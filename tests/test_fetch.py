@@ -914,7 +914,8 @@ def test_the_card_reads_back_as_a_model_index(hub: HubServer) -> None:
     assert data.eval_results is not None
     found = {r.metric_name: (r.metric_type, r.metric_value, r.dataset_name) for r in data.eval_results}
     assert found["image AUROC"] == ("roc_auc", 0.9123, "mvtec/cable")
-    assert (data.license, data.library_name) == ("cc-by-nc-sa-4.0", "adflow")
+    head = data.to_dict()
+    assert (head["license"], head["library_name"]) == ("cc-by-nc-sa-4.0", "adflow")
 
 
 def test_publishing_without_a_token_is_refused_in_one_line(hub: HubServer, tmp_path: Path) -> None:
