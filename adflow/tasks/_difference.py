@@ -1,6 +1,6 @@
 """Intervals of one evaluation, and tests of the difference between two, from what their cells keep.
 
-Images are what is drawn again (see :mod:`adflow._metrics_resampling`); both sides see the same images in every draw.
+Images are what is drawn again (see :mod:`adflow.metrics._resampling`); both sides see the same images in every draw.
 With several seeds the statistic is its mean over the seeds. DeLong's test is used for the image AUROC of one seed
 each. P values are corrected for the number of tests (Holm, "A Simple Sequentially Rejective Multiple Test
 Procedure", Scandinavian Journal of Statistics 1979, https://www.jstor.org/stable/4615733).

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from adflow._metrics_base import (
+from adflow.errors import InputError, unknown
+from adflow.metrics._base import (
     Array,
     Bools,
     Floats,
@@ -27,7 +28,6 @@ from adflow._metrics_base import (
     pairs,
     regions,
 )
-from adflow.errors import InputError, unknown
 
 _EPS = 2.2e-16  # U-Flow (2022, https://arxiv.org/abs/2211.12353), src/miou.py: empty against empty counts 1
 

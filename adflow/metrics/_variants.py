@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from adflow._metrics_base import Array, Curve, Floats, Maps, Masks, not_finite, pairs, regions
+from adflow.metrics._base import Array, Curve, Floats, Maps, Masks, not_finite, pairs, regions
 
 
 def cflow_curve(maps: Maps, masks: Masks, steps: int = 1000) -> Curve:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adflow._metrics_base import (
+from adflow.errors import InputError
+from adflow.metrics._base import (
     Array,
     Floats,
     PixelMetrics,
@@ -21,7 +22,6 @@ from adflow._metrics_base import (
     regions,
     why_undefined,
 )
-from adflow.errors import InputError
 
 _PREFIXES = 1 << 16  # coarse bins: the top 16 bits of a float32 are sign, exponent and 7 bits of the mantissa
 _SUB_BITS = 6  # a page splits one of them into 64, a relative width of 2^-13

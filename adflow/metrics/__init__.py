@@ -26,7 +26,8 @@ from typing import Literal
 
 import numpy as np
 
-from adflow._metrics_base import (
+from adflow.errors import unknown
+from adflow.metrics._base import (
     Array,
     Curve,
     ImageMetrics,
@@ -37,7 +38,7 @@ from adflow._metrics_base import (
     check_limit,
     why_undefined,
 )
-from adflow._metrics_iou import (
+from adflow.metrics._iou import (
     Operating,
     Overlaps,
     fair_threshold,
@@ -52,8 +53,8 @@ from adflow._metrics_iou import (
     oracle_threshold,
     region_overlap,
 )
-from adflow._metrics_rank import Ranked, accumulate, curves
-from adflow._metrics_resampling import (
+from adflow.metrics._rank import Ranked, accumulate, curves
+from adflow.metrics._resampling import (
     DeLong,
     Difference,
     Interval,
@@ -66,9 +67,8 @@ from adflow._metrics_resampling import (
     paired_bootstrap,
     pixel_statistics,
 )
-from adflow._metrics_streaming import StreamingPixelMetrics
-from adflow._metrics_variants import aupro_cflow, aupro_uflow, cflow_curve
-from adflow.errors import unknown
+from adflow.metrics._streaming import StreamingPixelMetrics
+from adflow.metrics._variants import aupro_cflow, aupro_uflow, cflow_curve
 
 __all__ = [
     "Curve",

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from adflow._metrics_base import (
+from adflow.metrics._base import (
     Array,
     Curve,
     Floats,

@@ -15,7 +15,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from adflow._metrics_base import (
+from adflow.errors import InputError
+from adflow.metrics._base import (
     Array,
     Bools,
     Floats,
@@ -29,7 +30,6 @@ from adflow._metrics_base import (
     ramp_area,
     regions,
 )
-from adflow.errors import InputError
 
 Statistic: TypeAlias = Callable[[Floats], Floats]
 """From weights [D, N], how often each of N images occurs in D draws, to the metric of each draw [D]."""
