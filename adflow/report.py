@@ -308,6 +308,7 @@ def _grid(report: Report, width: int | None) -> Grid:
     by_class, means = report.by_class(), report.means()
     if by_class.empty:
         return Grid(["class"], 1, [], [], ["no rows"])
+    means = means[means["classes"] > 1]  # the mean of one class says its line again
     many = {name: by_class[name].nunique() > 1 for name in ("dataset", *CONFIG)}
     names = ["class", *(name for name in CONFIG if many[name])]
     sets = by_class["dataset"] if many["dataset"] else pd.Series([""] * len(by_class))

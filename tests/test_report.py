@@ -50,9 +50,7 @@ def row(class_: str = "screw", seed: int = 0, method: str = "cflow", **values: A
         "backbone": "lite0",
         "seed": seed,
     }
-    return (
-        found | {"size": 256, "image_auroc": 0.9, "pixel_auroc": 0.98, "aupro": 0.95, "n_test": 160} | values
-    )
+    return found | {"size": 256, "image_auroc": 0.9, "pixel_auroc": 0.98, "aupro": 0.95, "n_test": 160} | values
 
 
 def terminal(report: Report, width: int) -> str:
@@ -130,6 +128,14 @@ def test_datasets_have_means_of_their_own_and_one_over_all() -> None:
     # "mvtec/screw" as the data set's name is the class screw of mvtec.
     one = Report([{"dataset": "mvtec/screw", "method": "cflow", "image_auroc": 0.5}]).frame()
     assert one.loc[0, "dataset"] == "mvtec" and one.loc[0, "class"] == "screw"
+
+
+def test_the_mean_of_one_class_is_not_shown() -> None:
+    two = Report(
+        [row("a"), row("b", method="padim") | {"dataset": "btad"}, row("c", method="padim") | {"dataset": "btad"}]
+    )
+    words = two.markdown()
+    assert "mean of 2, btad" in words and "mean of 1" not in words
 
 
 def test_a_missing_size_does_not_turn_the_others_into_fractions() -> None:
@@ -218,9 +224,7 @@ def test_the_terminal_shows_markup_and_drops_control_characters() -> None:
 
 def test_every_published_block_has_a_source_fractions_and_averages_that_follow() -> None:
     blocks = published.blocks()
-    assert {"cflow-paper", "uflow-paper", "patchcore-paper", "padim-paper", "fastflow-paper"} <= set(
-        published.names()
-    )
+    assert {"cflow-paper", "uflow-paper", "patchcore-paper", "padim-paper", "fastflow-paper"} <= set(published.names())
     strays = set()
     for block in blocks:
         assert block.title and block.source and block.values, block.name
@@ -256,9 +260,7 @@ def test_an_unknown_block_names_the_nearest() -> None:
 
 
 def test_published_ours_and_difference_side_by_side() -> None:
-    rows = [row("screw", seed, image_auroc=0.93 + 0.01 * seed) for seed in (0, 1)] + [
-        row("bottle", image_auroc=0.99)
-    ]
+    rows = [row("screw", seed, image_auroc=0.93 + 0.01 * seed) for seed in (0, 1)] + [row("bottle", image_auroc=0.99)]
     found = compare([*rows, row("screw", method="padim")], "cflow-paper")
     frame = found.frame.set_index(["class", "metric"])
     assert set(found.frame["run"]) == {"cflow/lite0"}  # PaDiM's rows are not CFLOW's
@@ -267,9 +269,7 @@ def test_published_ours_and_difference_side_by_side() -> None:
     assert line["difference"] == pytest.approx(0.935 - 0.9189) and line["selected_on_test"]
     # The mean is over the two classes both have, not the printed average of fifteen.
     mean = frame.loc[("mean of 2", "image_auroc")]
-    assert mean["published"] == pytest.approx((0.9189 + 1) / 2) and mean["ours"] == pytest.approx(
-        (0.935 + 0.99) / 2
-    )
+    assert mean["published"] == pytest.approx((0.9189 + 1) / 2) and mean["ours"] == pytest.approx((0.935 + 0.99) / 2)
     printed = frame.loc[("printed average", "image_auroc")]
     assert printed["published"] == 0.9826 and math.isnan(printed["ours"])
     text = found.markdown()
@@ -318,9 +318,7 @@ class Reader(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.asked += [
-            value or "" for name, value in attrs if name in ("src", "href", "action", "data", "srcset")
-        ]
+        self.asked += [value or "" for name, value in attrs if name in ("src", "href", "action", "data", "srcset")]
         assert not any(name.startswith("on") for name, _ in attrs), attrs
 
 

@@ -59,12 +59,14 @@ class Drawer:
         box = Box(0, 0, *scored.map.shape)
         mask = None
         verdict: Verdict | None = None
+        score = self.scale.label(float(scored.map.max()))
         if self.point is not None:
             small, regions = find(self.detector.calibration, scored.map, self.point.threshold)
             mask = restore(small.astype(np.float32), box, scored.original) >= 0.5
             verdict = "defect" if regions else "good"
         if self.level is not None:
-            verdict = "defect" if scored.image >= self.level else "good"
+            score = scored.image
+            verdict = "defect" if score >= self.level else "good"
         sample = scored.sample
         truth = None if sample.mask is None else read_mask(sample.mask, sample.mask_index)
         write_overlay(
@@ -75,7 +77,8 @@ class Drawer:
             truth=truth,
             scale=self.scale,
             title=sample.image.name if sample.defect is None else f"{sample.defect}/{sample.image.name}",
-            score=self.scale.label(float(scored.map.max())),
+            score=score,
+            threshold=self.level,
             verdict=verdict,
             overlay_size=self.size,
         )
