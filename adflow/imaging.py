@@ -152,14 +152,20 @@ def fit_to(image: Array, size: Size, keep_aspect: bool = False) -> tuple[npt.NDA
     box = fitted(image.shape[:2], size, keep_aspect)
     inner = (box.width, box.height)  # Pillow counts width first
     if image.dtype == np.uint8:
-        small = np.asarray(Image.fromarray(image).resize(inner, Image.Resampling.BILINEAR))
+        small = np.asarray(_resized(Image.fromarray(image), inner))
         planes = np.ascontiguousarray(small.transpose(2, 0, 1), dtype=np.float32)
         planes /= np.float32(255)
     else:
         channels = [Image.fromarray(np.ascontiguousarray(image[..., c], dtype=np.float32)) for c in range(3)]
-        planes = np.stack([np.asarray(c.resize(inner, Image.Resampling.BILINEAR)) for c in channels])
+        planes = np.stack([np.asarray(_resized(c, inner)) for c in channels])
         planes = np.clip(planes, 0, 1, out=planes)
     return np.ascontiguousarray(np.pad(planes, [(0, 0), *_borders(box, size)], mode="edge")), box
+
+
+def _resized(image: Image.Image, size: Size) -> Image.Image:
+    """Resize to (width, height), columns first: Pillow 13 orders them by the shape, and each order rounds anew."""
+    columns = image.resize((size[0], image.height), Image.Resampling.BILINEAR)
+    return columns.resize(size, Image.Resampling.BILINEAR)
 
 
 def mask_to(mask: Array, size: Size, keep_aspect: bool = False) -> npt.NDArray[np.bool_]:
