@@ -8,7 +8,8 @@
 Names: ``lite0`` (default), ``lite1``, ``lite2``, ``resnet18``, ``resnet34``, ``resnet50``, ``wrn50``,
 ``mobilenetv3l``, ``efficientnet_b4``, ``efficientnet_b5``, ``cait-pair`` (U-Flow), ``vgg19-dfr`` (DFR),
 ``alexnet`` (DifferNet), and every name of timm. ``NAME@1,0.5,0.25`` feeds the image at several scales,
-``NAME+NAME`` joins two pyramids. A net without its weights is an error, never a random net.
+``NAME+NAME`` joins two pyramids. ``pixels`` is no net but the image itself, for methods that learn from nothing else
+(Patch SVDD, CAVGA). A net without its weights is an error, never a random net.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ _NETS = {
 
 def names() -> list[str]:
     """Return the names of the backbones that adflow knows by itself."""
-    return [*_NETS, "cait-pair"]
+    return [*_NETS, "cait-pair", "pixels"]
 
 
 def make_backbone(name: str = "lite0", taps: Sequence[str] | None = None, weights: Path | None = None) -> Backbone:
@@ -204,6 +205,8 @@ def make_backbone(name: str = "lite0", taps: Sequence[str] | None = None, weight
         return PyramidBackbone(make_backbone(base, taps, weights), _parse_scales(name, scales))
     if name == "cait-pair":
         return CaitPair(taps, weights)
+    if name == "pixels":
+        return PixelBackbone(taps)
     if "+" in name:
         return JoinedBackbone(name.split("+"), taps, weights)
     return _known(name, taps, weights) if name in _NETS else _timm(name, taps, weights)
@@ -394,6 +397,21 @@ class CaitPair(Backbone):
         large, small = (part for part in self.net.children() if isinstance(part, Backbone))
         half = F.interpolate(images, size=small.fixed_size, mode="bicubic", align_corners=True)
         return [*large.features(images), *small.features(half)]
+
+
+class PixelBackbone(Backbone):
+    """No net: a pyramid of one map, the image [B, 3, H, W] in [0, 1]; always float32."""
+
+    def __init__(self, taps: Sequence[str] | None = None) -> None:
+        for tap in taps or ():
+            if tap != "rgb":
+                raise unknown("tap of pixels", tap, ["rgb"])
+        weights = hashlib.sha256(b"").hexdigest()
+        super().__init__("pixels", ("rgb",), [3], [1], weights, nn.Identity(), mean=(0, 0, 0), std=(1, 1, 1))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the images."""
+        return [images.contiguous()]
 
 
 def _set_precision(parts: Sequence[nn.Module], precision: str) -> None:

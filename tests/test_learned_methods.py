@@ -9,15 +9,16 @@ import torch
 from conftest import TinyImages
 from torch.nn import functional as F
 
-from adflow.backbones import Backbone
+from adflow.backbones import Backbone, PixelBackbone, make_backbone
 from adflow.detector_file import load_detector, save_detector
 from adflow.errors import InputError, UsageError
 from adflow.features import FeatureBank
 from adflow.methods import cutpaste, patchsvdd
+from adflow.methods._rebuild import PositionCodes, components
 from adflow.methods.cavga import CAVGA, attention_map
 from adflow.methods.cutpaste import CutPaste, cut_paste, ledoit_wolf, scar
-from adflow.methods.dfr import DFR, Autoencoder, aligned_matrix, components, joining
-from adflow.methods.patchsvdd import Direction, Encoder, LargeEncoder, PatchSVDD
+from adflow.methods.dfr import DFR, Autoencoder, aligned_matrix, joining
+from adflow.methods.patchsvdd import Direction, Encoder, LargeEncoder, PatchSVDD, covering
 from adflow.methods.pefm import PEFM, LinearMaps
 
 
@@ -57,7 +58,7 @@ def test_linear_autoencoder_is_the_best_of_its_width(tiny_backbone: Backbone, ti
     detector = DFR(tiny_backbone, latent=3, local=False).fit(tiny_images.normal)
     with FeatureBank.build(tiny_backbone, tiny_images) as bank:
         x = detector.features(bank.pyramid(range(len(bank)))).flatten(2).transpose(1, 2).flatten(0, 1)
-    z = ((x - x.mean(0)) / detector.unit_).double()
+    z = ((x - x.mean(0)) / detector.code.unit_).double()
     values = torch.linalg.svdvals(z)
     found = detector.score_features(tiny_backbone(tiny_images.normal)).double().mean() * z.shape[1]
     # float32 scores against float64 singular values
@@ -218,30 +219,105 @@ def test_the_last_layer_of_the_direction_classifier_trains() -> None:
     assert tell.last.weight.grad is not None and float(tell.last.weight.grad.norm()) > 0
 
 
-def test_pairs_of_patches_lie_in_the_direction_they_are_said_to(
-    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pairs_of_patches_lie_in_the_direction_they_are_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patchsvdd, "_RGB_SHIFT", 0.0)
     monkeypatch.setattr(patchsvdd, "_NOISE", 0.0)
-    detector = PatchSVDD(tiny_backbone, patch=16, side=0, batch=200)
-    detector.prepare([], [], (64, 64), torch.Generator())
+    detector = PatchSVDD(PixelBackbone(), net="deep", patch=16, batch=200)
+    detector.prepare([3], [(64, 64)], (64, 64), torch.Generator())
     # A picture whose red and green are row and column: a patch says where it was cut.
-    place = torch.arange(64, dtype=torch.uint8)
-    picture = torch.stack([place[:, None].expand(64, 64), place[None].expand(64, 64), torch.zeros(64, 64)]).byte()
+    place = torch.arange(64.0)
+    picture = torch.stack([place[:, None].expand(64, 64), place[None].expand(64, 64), torch.zeros(64, 64)])
     first, second, direction = detector._neighbours(picture[None], 16, torch.Generator().manual_seed(0))
-    moved = ((second - first)[:, :2, 0, 0] * 255).round()
+    moved = (second - first)[:, :2, 0, 0]
     step = torch.tensor(patchsvdd._DIRECTIONS)[direction]
     far = step != 0
     assert (moved[far] * step[far] >= 12).all() and (moved[far] * step[far] < 16).all()
     assert (moved[~far].abs() <= 4).all()
 
 
-def test_a_pixel_is_the_mean_of_the_patches_that_cover_it(tiny_backbone: Backbone) -> None:
-    detector = PatchSVDD(tiny_backbone, patch=16, side=0)
-    detector.seen = (10, 9)
-    found = detector._covering(torch.tensor([[[[1.0, 3.0], [5.0, 7.0]]]]), 6, 3)[0]
+def test_pairs_of_cells_lie_in_the_direction_they_are_said_to(tiny_backbone: Backbone, tiny_images: TinyImages) -> None:
+    detector = PatchSVDD(tiny_backbone, steps=0, batch=100, dimension=4).fit(tiny_images.normal)
+    # Embeddings that say where they are: every cell's are its row and column.
+    for name in ("large", "small"):
+        setattr(detector, f"matrix_{name}", torch.eye(2, 2))
+        setattr(detector, f"mean_{name}", torch.zeros(2))
+    detector.finest = 0
+
+    class Places:
+        def __len__(self) -> int:
+            return 3
+
+        def pyramid(self, rows: torch.Tensor) -> list[torch.Tensor]:
+            h, w = detector.grids["small"]
+            grid = torch.stack([torch.arange(h)[:, None].expand(h, w), torch.arange(w).expand(h, w)]).float()
+            return [grid.expand(len(rows), 2, h, w)]
+
+    large, small = detector._draw(Places(), torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    for (first, second, direction, one, other), apart in ((large, 4), (small, 1)):
+        # Averaged onto the coarse grid, neighbouring cells are 4 fine ones apart.
+        assert torch.equal(second - first, apart * torch.tensor(patchsvdd._DIRECTIONS)[direction].float())
+        assert torch.equal(first, one) and torch.equal(second, other)
+
+
+def test_a_pixel_is_the_mean_of_the_patches_that_cover_it() -> None:
+    found = covering(torch.tensor([[[[1.0, 3.0], [5.0, 7.0]]]]), 6, 3, (10, 9))[0]
     assert found[0, 0] == 1 and found[4, 1] == 3 and found[4, 4] == 4 and found[8, 8] == 7
     assert torch.equal(found[9], found[8])  # not covered: the border repeats
+
+
+def test_the_map_is_the_product_of_nearest_distances_at_both_sizes(
+    tiny_backbone: Backbone, tiny_images: TinyImages
+) -> None:
+    """Untrained, with all rows kept, distances are those of half-whitened features to all training cells."""
+    detector = PatchSVDD(tiny_backbone, steps=0, bank=0, dimension=100).fit(tiny_images.normal)
+    with FeatureBank.build(tiny_backbone, tiny_images) as bank:
+        good = bank.pyramid(range(len(bank)))
+    bad = tiny_backbone(tiny_images.defective)
+    grid = bad[0].shape[2:]
+    expected = torch.ones(1, *grid, dtype=torch.float64)
+    for large in (True, False):
+        if large:
+            coarse = bad[2].shape[2:]
+            x, q = (torch.cat([F.adaptive_avg_pool2d(f, coarse) for f in maps], 1).double() for maps in (good, bad))
+        else:
+            x, q = good[0].double(), bad[0].double()
+        rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+        unit = rows.std(0)
+        values, vectors = torch.linalg.eigh(torch.corrcoef(rows.T))
+        matrix = vectors / unit[:, None] * (values + 0.01) ** -0.25  # the ridge of `whitening`
+        distance = torch.cdist(q.permute(0, 2, 3, 1).flatten(0, 2) @ matrix, rows @ matrix).amin(1)
+        distance = distance.reshape(1, 1, *q.shape[2:])
+        expected *= F.interpolate(distance, grid, mode="bilinear", align_corners=False)[:, 0]
+    torch.testing.assert_close(detector.score_features(bad).double(), expected, rtol=1e-3, atol=1e-4)  # float32 rows
+
+
+def test_the_svdd_loss_pulls_neighbours_together(tiny_backbone: Backbone, tiny_images: TinyImages) -> None:
+    def apart(svdd: float) -> float:
+        detector = PatchSVDD(tiny_backbone, steps=80, svdd=svdd, lr=0.1, bank=100).fit(tiny_images.normal)
+        cells = detector._embed(tiny_backbone(tiny_images.normal), "small")
+        return float((cells[..., 1:] - cells[..., :-1]).norm(dim=1).mean())
+
+    # A weight that outweighs the position task collapses the embedding; without it nothing does.
+    assert apart(10.0) < 0.1 * apart(0.0)
+
+
+@pytest.mark.parametrize("method", [PatchSVDD, CAVGA])
+def test_deep_nets_learn_from_pixels_and_nothing_else(
+    method: type, tiny_backbone: Backbone, tiny_images: TinyImages, tmp_path: Path
+) -> None:
+    small = {
+        PatchSVDD: {"patch": 16, "channels": 0.25, "strides": (8, 4), "bank": 100, "steps": 8, "batch": 8},
+        CAVGA: {"depth": 3, "width": 4, "latent": 8, "steps": 20, "batch": 4, "lr": 1e-3},
+    }[method]
+    detector = method(make_backbone("pixels"), net="deep", **small).fit(tiny_images.normal, seed=1)
+    good, bad = detector.score(tiny_images.normal[:2]), detector.score(tiny_images.defective)
+    assert torch.isfinite(bad.map).all() and bool((bad.image > good.image).all())
+    alone = detector.score(tiny_images.normal[1:2])
+    assert torch.equal(good.map[1:], alone.map) and torch.equal(good.image[1:], alone.image)
+    again = load_detector(save_detector(detector, tmp_path / "d.safetensors"))
+    assert torch.equal(again.score(tiny_images.defective).map, bad.map)
+    with pytest.raises(InputError, match="pixels"):
+        method(tiny_backbone, net="deep", **small).fit(tiny_images.normal)
 
 
 # --- CAVGA ---------------------------------------------------------------------------------------------------
@@ -255,24 +331,28 @@ def test_attention_is_grad_cam() -> None:
     torch.testing.assert_close(attention_map(features, to_mean), expected)
 
 
-def test_discriminator_and_autoencoder_take_turns(tiny_backbone: Backbone) -> None:
-    detector = CAVGA(tiny_backbone, side=0, depth=2, width=4, latent=3, adversarial=1.0)
-    detector.prepare([], [], (16, 16), torch.Generator())
+def test_what_linear_attention_does_not_cover_is_the_error_of_rebuilding() -> None:
+    """|F|^2 minus gradient times feature of the latent's energy, by autograd."""
+    codes = PositionCodes(4, 6)
+    codes.learn([noise(30, 4, 6, seed=3) @ noise(6, 6, seed=4) + 2], 0.1, 2)
+    features = ((noise(3, 4, 6, seed=5) - codes.mean_) / codes.unit_).requires_grad_(True)
+    latent = torch.einsum("bpc,pcd->bpd", features, codes.basis_)
+    assert latent.shape == (3, 4, 2)
+    (gradient,) = torch.autograd.grad(0.5 * latent.square().sum(), features)
+    uncovered = features.square().sum(2) - (gradient * features).sum(2)
+    left = codes(features * codes.unit_ + codes.mean_).square().sum(2)
+    torch.testing.assert_close(left, uncovered, rtol=1e-4, atol=1e-4)  # a difference of float32 sums
+
+
+def test_discriminator_and_autoencoder_take_turns() -> None:
+    detector = CAVGA(PixelBackbone(), net="deep", depth=2, width=4, latent=3)
+    detector.prepare([3], [(16, 16)], (16, 16), torch.Generator())
     images, drawn = torch.rand(2, 3, 16, 16), noise(2, 3, 4, 4)
     for judging in (True, False):
         detector.zero_grad(set_to_none=True)
         detector._loss(images, drawn, judging).backward()
         reached = {name.split(".")[0] for name, p in detector.named_parameters() if p.grad is not None}
         assert reached == ({"judge"} if judging else {"encoder", "decoder", "to_mean", "to_log_variance"})
-
-
-@pytest.mark.parametrize("show", ["attention", "error", "both"])
-def test_shown_maps_are_finite_and_refuse_features(show: str, tiny_backbone: Backbone, tiny_images: TinyImages) -> None:
-    recipe = CAVGA.recipe_for("tiny")
-    detector = CAVGA(tiny_backbone, **{**recipe, "show": show, "steps": 2}).fit(tiny_images.normal[:3])
-    assert torch.isfinite(detector.score(tiny_images.defective).map).all()
-    with FeatureBank.build(tiny_backbone, tiny_images) as bank, pytest.raises(InputError, match="learns from images"):
-        detector.fit_bank(bank)
 
 
 # --- all -----------------------------------------------------------------------------------------------------
@@ -284,8 +364,8 @@ def test_bad_settings_are_refused(method: type, tiny_backbone: Backbone) -> None
         DFR: [{"net": "deeper"}, {"variance": 1.0}, {"shrinkage": 0.0}, {"window": 2}],
         PEFM: [{"pairs": "all"}, {"latent": ()}, {"ridge": 0.0}],
         CutPaste: [{"level": "pixel"}, {"shrinkage": 2.0}, {"batch": 1}],
-        PatchSVDD: [{"patch": 20}, {"strides": (4,)}, {"steps": -1}],
-        CAVGA: [{"show": "all"}, {"depth": 0}],
+        PatchSVDD: [{"net": "deeper"}, {"patch": 20}, {"strides": (4,)}, {"steps": -1}],
+        CAVGA: [{"net": "deeper"}, {"depth": 0}, {"shrinkage": 0.0}],
     }
     for settings in wrong[method]:
         with pytest.raises(UsageError):

@@ -933,7 +933,8 @@ def test_dfr_features_autoencoder_loss_gradients_and_map(name: str, tiny_backbon
     from torch import nn
 
     from adflow import _nets
-    from adflow.methods.dfr import DFR, Autoencoder, components
+    from adflow.methods._rebuild import components
+    from adflow.methods.dfr import DFR, Autoencoder
 
     arrays, state = oracle(name), weights(name)
     taps = [key.removeprefix("vgg.") for key in arrays if key.startswith("vgg.")]

@@ -41,6 +41,7 @@ from adflow.detector import FeatureDetector, Progress
 from adflow.errors import UsageError, unknown
 from adflow.imaging import upsample
 from adflow.methods._memory import common_grid, concatenate
+from adflow.methods._rebuild import PositionCodes, components
 from adflow.methods._train import train
 from adflow.methods._whiten import Moments
 
@@ -98,10 +99,6 @@ class DFR(FeatureDetector):
             "margin": 0.0,
         },
     }
-
-    mean_: Tensor
-    unit_: Tensor
-    basis_: Tensor
 
     def __init__(
         self,
@@ -165,9 +162,7 @@ class DFR(FeatureDetector):
             self.cells = common_grid(grids, self.grid)
         positions = self.cells[0] * self.cells[1] if self.local else 1
         linear = self.net == "linear"
-        self.register_buffer("mean_", torch.zeros(positions if linear else 0, width))
-        self.register_buffer("unit_", torch.ones(width if linear else 0))
-        self.register_buffer("basis_", torch.zeros(positions if linear else 0, width, 0))
+        self.code = PositionCodes(positions if linear else 0, width)
         # The deep net's width is known after PCA only. Its batch norms are folded into the convolutions after
         # training, so that what scoring needs are six matrices.
         for k in range(0 if linear else _LAYERS):
@@ -194,7 +189,8 @@ class DFR(FeatureDetector):
     ) -> None:
         """Find the code's width, then solve or train the autoencoder."""
         if self.net == "linear":
-            self._solve(bank)
+            rows = (self.features(pyramid).flatten(2).transpose(1, 2) for pyramid in bank.batches(16))
+            self.code.learn(rows, self.shrinkage, self.latent, self.variance)
             return
         width = self.features(bank.pyramid([0])).shape[1]
         net = Autoencoder(width, self.latent or self._components(bank, generator))
@@ -231,26 +227,6 @@ class DFR(FeatureDetector):
         assert moments is not None
         return components(torch.linalg.eigvalsh(moments.covariance()[0]).flip(0), self.variance)
 
-    def _solve(self, bank: FeatureBank) -> None:
-        """Solve the linear autoencoder of every position: its code is the first principal components."""
-        positions, width = self.mean_.shape
-        moments = Moments(positions, width)
-        for pyramid in bank.batches(16):
-            x = self.features(pyramid).flatten(2).transpose(1, 2)  # [B, P, C]
-            moments.add(x if positions > 1 else x.reshape(-1, 1, width))
-        # One image has no spread: then a code of nothing is learned, the error is the distance to that image.
-        spread = moments.covariance() if moments.count > 1 else torch.zeros(positions, width, width).double()
-        everywhere = spread.mean(0)
-        unit = everywhere.diagonal().clamp(min=0).sqrt()
-        # Channels that never change carry nothing: a floor keeps them from deciding everything.
-        unit = unit.clamp(min=float(unit.mean()) * 1e-3 + 1e-12)
-        covariance = (1 - self.shrinkage) * spread + self.shrinkage * everywhere
-        values, vectors = torch.linalg.eigh(covariance / unit / unit[:, None])
-        kept = self.latent or components(values.flip(1).mean(0), self.variance)
-        self.mean_ = moments.mean.float()
-        self.unit_ = unit.float()
-        self.basis_ = vectors.flip(2)[:, :, :kept].float().contiguous()  # [P, C, d]
-
     # --- score ----------------------------------------------------------------------------------------------
 
     def score_features(self, pyramid: list[Tensor]) -> Tensor:
@@ -258,12 +234,7 @@ class DFR(FeatureDetector):
         x = self.features(pyramid)
         rows = x.flatten(2).transpose(1, 2)  # [B, P, C]
         if self.net == "linear":
-            error = (rows - self.mean_) / self.unit_
-            if self.local:
-                code = torch.einsum("bpc,pcd->bpd", error, self.basis_)
-                error = error - torch.einsum("bpd,pcd->bpc", code, self.basis_)
-            else:
-                error = error - (error @ self.basis_[0]) @ self.basis_[0].T
+            error: Tensor = self.code(rows)
             energy = error.square().mean(2)
         else:
             h = rows
@@ -328,15 +299,6 @@ def _stack(widths: list[int]) -> nn.Sequential:
         if i < len(widths) - 2:
             layers += [nn.BatchNorm2d(b), nn.ReLU()]
     return nn.Sequential(*layers)
-
-
-def components(values: Tensor, variance: float) -> int:
-    """Return how many of the falling eigenvalues ``values`` it takes to hold the share ``variance``; at least 1.
-
-    Never all of them: a code as wide as the features rebuilds everything.
-    """
-    share = values.clamp(min=0).cumsum(0) / values.clamp(min=0).sum().clamp(min=1e-30)
-    return max(1, min(int((share < variance).sum()) + 1, len(values) - 1))
 
 
 def aligned_matrix(to: int, have: int) -> Tensor:

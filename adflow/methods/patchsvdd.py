@@ -1,21 +1,21 @@
-"""Patch SVDD: encoders of patches that put neighbours close together; far from all good patches is anomalous.
+"""Patch SVDD: embeddings of patches that put neighbours close together; far from all good patches is anomalous.
 
 Source: J. Yi, S. Yoon, Patch SVDD: Patch-level SVDD for Anomaly Detection and Segmentation, ACCV 2020,
 https://arxiv.org/abs/2006.16067; code https://github.com/nuclearboy95/Anomaly-Detection-PatchSVDD-PyTorch.
 
-Two encoders, of patches of 64 and of 32 pixels, the second inside the first, are trained from nothing on good images:
-embeddings of jittered patches shall be close (SVDD, eq. 3), and from those of two neighbouring patches a classifier
-shall tell in which of 8 directions the second lies (eq. 5). The score of a patch is the distance of its embedding to
-the nearest one of the training images, the score of a pixel the mean over the patches that cover it, and the map the
-product of the maps of both sizes (section 3.4). Higher = more anomalous.
+Patches of two sizes are embedded. Embeddings of neighbouring patches shall be close (SVDD, eq. 3), and from their
+difference a classifier shall tell in which of 8 directions the second lies (eq. 5). The score of a patch is the
+distance of its embedding to the nearest one of the training images, and the map the product of the maps of both sizes
+(section 3.4): what is far at one size only counts little. Higher = more anomalous.
 
 Two recipes:
 
-* ``paper``: the code's encoders and constants.
-* ``fast``: patches of 32 and 16 pixels on images of 128, narrower encoders, a few hundred steps at a tenfold rate, and
-  a bank thinned to ``bank`` rows by PatchCore's greedy choice. Not in the paper.
-
-Neither needs a backbone; the one that is passed is used for nothing and stays in the detector's file as a name.
+* ``paper``: the code's encoders and constants. Patches of 64 and of 32 pixels, the second encoder inside the first,
+  both trained from nothing on the image itself (backbone ``pixels``).
+* ``fast``, a departure: the paper's encoders learn for hours, and after minutes they rank images by chance or worse.
+  Here a patch is a cell of a frozen backbone, the small one of its finest map, the large one of all maps on the
+  coarsest grid. Features are half-whitened (see :class:`adflow.methods._whiten.Whitening`) and mapped linearly by the
+  two losses, between neighbouring cells; a greedy choice thins the bank.
 
 Decisions where paper and code differ, and what is not repeated:
 
@@ -24,33 +24,25 @@ Decisions where paper and code differ, and what is not repeated:
 * Weight of the SVDD loss: one per class in the paper, chosen on the test set; 1e-3 in the code's README, 1 as its
   default. The recipes take 1e-3: a large one collapses all embeddings to a point.
 * Nearest neighbours are exact; the code's are approximate.
-* The code subtracts the mean image of the training set, pixel by pixel; so do we.
+* The code subtracts the mean image of the training set, pixel by pixel; so does ``paper``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adflow.detector import (
-    FeatureDetector,
-    FeatureShapes,
-    ImageSource,
-    Progress,
-    Resources,
-    Scores,
-    _TensorImages,
-)
-from adflow.errors import InputError, UsageError
-from adflow.imaging import Box, upsample
-from adflow.methods._memory import choose_rows, half_norms, nearest, random_projection
-from adflow.methods._train import train
+from adflow.detector import FeatureDetector, Progress
+from adflow.errors import InputError, UsageError, unknown
+from adflow.methods._memory import choose_rows, common_grid, concatenate, half_norms, nearest, random_projection
+from adflow.methods._train import one_cycle, train
+from adflow.methods._whiten import Moments, whitening
 
 if TYPE_CHECKING:
     from adflow.backbones import Backbone
@@ -60,23 +52,29 @@ if TYPE_CHECKING:
 _DIRECTIONS = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))
 _RGB_SHIFT, _NOISE = 0.02, 0.02  # of images in [0, 1]: code, position task
 _HELD = 60_000  # embeddings a bank is chosen from
+_IMAGES = 16  # images a step's cells are drawn from
+_SIZES = ("large", "small")
+
+# First and second patch of the position task, the direction, and the two patches of the SVDD loss.
+_Pairs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class PatchSVDD(FeatureDetector):
     """Distance of patch embeddings to those of good images, at two patch sizes.
 
     Args:
-        backbone: not used.
-        patch: side of the larger patches in pixels (paper: 64); the smaller ones are half as large. A multiple of 16.
-        side: images are brought to a shorter side of so many pixels; 0 = as they come.
-        channels: channels of the encoder in front of its output, as a share of the paper's.
-        dimension: length of an embedding (paper: 64).
-        strides: pixels between patches at scoring, large and small (paper: 16, 4).
+        backbone: images to feature pyramid; "deep" takes the backbone ``pixels``.
+        net: "linear" = a linear map of whitened features, "deep" = the paper's encoders of pixels.
+        dimension: length of an embedding (paper: 64), at most the features' for "linear".
         svdd: weight of the SVDD loss (lambda).
         bank: rows kept per patch size, chosen greedily; 0 = all (paper).
         steps: optimiser steps.
         batch: pairs of patches per loss and step.
-        lr: Adam's learning rate.
+        lr: Adam's learning rate; "linear" runs one cycle of it.
+        patch: "deep": side of the larger patches in pixels (paper: 64); the smaller ones are half as large. A
+            multiple of 16.
+        channels: "deep": channels of the encoder in front of its output, as a share of the paper's.
+        strides: "deep": pixels between patches at scoring, large and small (paper: 16, 4).
         base: options of every feature detector (smooth, image_score, margin).
     """
 
@@ -84,19 +82,16 @@ class PatchSVDD(FeatureDetector):
         "Patch SVDD: Patch-level SVDD for Anomaly Detection and Segmentation, https://arxiv.org/abs/2006.16067"
     )
     year: ClassVar[int] = 2020
-    learns: ClassVar[str] = "two encoders of patches, and the embeddings of good ones"
+    learns: ClassVar[str] = "two embeddings of patches, and those of good ones"
     has_null: ClassVar[bool] = False
-    fit_cost: ClassVar[str] = "time O(steps + n P D bank), memory: the images and O(n P D)"
+    fit_cost: ClassVar[str] = "time O(n P (C^2 + D) + steps + bank D min(n P, 60000)), memory: the feature bank"
     score_cost: ClassVar[str] = "time O(P bank D), memory O(bank D)"
     recipes: ClassVar[dict[str, dict[str, Any]]] = {
-        "fast": {"backbone": "lite0", "size": 256},
+        "fast": {"backbone": "lite0", "taps": ("b2", "b3", "b4"), "size": 256},
         "paper": {
-            "backbone": "lite0",
+            "backbone": "pixels",
             "size": 256,
-            "patch": 64,
-            "side": 0,
-            "channels": 1.0,
-            "strides": (16, 4),
+            "net": "deep",
             "bank": 0,
             "steps": 300 * 100,
             "batch": 64,
@@ -105,7 +100,7 @@ class PatchSVDD(FeatureDetector):
             "image_score": "max",
             "margin": 0.0,
         },
-        "tiny": {"patch": 16, "side": 0, "channels": 0.25, "steps": 12, "batch": 8, "strides": (8, 4), "bank": 100},
+        "tiny": {"dimension": 16, "steps": 12, "batch": 32, "bank": 200},
     }
 
     average_: Tensor
@@ -114,31 +109,33 @@ class PatchSVDD(FeatureDetector):
         self,
         backbone: Backbone,
         *,
-        patch: int = 32,
-        side: int = 128,
-        channels: float = 0.5,
+        net: str = "linear",
         dimension: int = 64,
-        strides: tuple[int, ...] = (8, 4),
         svdd: float = 1e-3,
-        bank: int = 4000,
-        steps: int = 400,
-        batch: int = 64,
+        bank: int = 2000,
+        steps: int = 300,
+        batch: int = 256,
         lr: float = 1e-3,
+        patch: int = 64,
+        channels: float = 1.0,
+        strides: tuple[int, ...] = (16, 4),
         **base: Any,
     ) -> None:
         super().__init__(backbone, **base)
+        if net not in ("linear", "deep"):
+            raise unknown("net", net, ["linear", "deep"])
         if patch < 16 or patch % 16:
             raise UsageError(f"patch is {patch}, expected a multiple of 16")
         if len(strides) != 2 or min(strides) < 1:
             raise UsageError(f"strides are {strides}, expected two numbers of at least 1")
         for name, number, lowest in (
-            ("side", side, 0), ("dimension", dimension, 1), ("bank", bank, 0), ("steps", steps, 0), ("batch", batch, 1),
+            ("dimension", dimension, 1), ("bank", bank, 0), ("steps", steps, 0), ("batch", batch, 1),
         ):  # fmt: skip
             if number < lowest:
                 raise UsageError(f"{name} is {number}, expected at least {lowest}")
-        self.patch, self.side, self.channels, self.dimension = patch, side, channels, dimension
-        self.strides, self.svdd, self.bank = tuple(strides), svdd, bank
+        self.net, self.dimension, self.svdd, self.bank = net, dimension, svdd, bank
         self.steps, self.batch, self.lr = steps, batch, lr
+        self.patch, self.channels, self.strides = patch, channels, tuple(strides)
 
     def prepare(
         self,
@@ -147,51 +144,43 @@ class PatchSVDD(FeatureDetector):
         size: tuple[int, int],
         generator: torch.Generator,
     ) -> None:
-        """Create encoders, classifiers and empty banks."""
-        scale = self.side / min(size) if self.side else 1.0
-        self.seen = (round(size[0] * scale), round(size[1] * scale))
-        if min(self.seen) < 2 * self.patch:
+        """Create embeddings and empty banks."""
+        length = {name: self.dimension for name in _SIZES}
+        if self.net == "deep":
+            self._prepare_deep(channels, grids, size)
+        else:
+            self.grids = {"large": common_grid(grids, "coarsest"), "small": common_grid(grids, "finest")}
+            self.finest = grids.index(self.grids["small"])
+            if min(self.grids["large"]) < 2:
+                raise InputError(
+                    f"the coarsest map has {self.grids['large'][0]}x{self.grids['large'][1]} cells, expected 2x2 or "
+                    "more: a cell needs neighbours",
+                    hint="Use larger images (--size).",
+                )
+            for name, width in (("large", sum(channels)), ("small", channels[self.finest])):
+                length[name] = min(self.dimension, width)
+                self.register_buffer(f"mean_{name}", torch.zeros(width))
+                self.register_buffer(f"matrix_{name}", torch.zeros(width, length[name]))
+        for name in _SIZES:
+            self.register_buffer(f"bank_{name}", torch.zeros(0, length[name]))
+            self.register_buffer(f"halves_{name}", torch.zeros(0))
+
+    def _prepare_deep(self, channels: list[int], grids: list[tuple[int, int]], size: tuple[int, int]) -> None:
+        if channels != [3] or grids != [size]:
             raise InputError(
-                f"images of {self.seen[0]}x{self.seen[1]} pixels hold no two patches of {self.patch}",
-                hint="Use larger images (--size), a larger side or a smaller patch.",
+                f"the deep net learns from pixels, found features of {self.backbone.name}",
+                hint="Use --backbone pixels, or --set net=linear.",
+            )
+        if min(size) < 2 * self.patch:
+            raise InputError(
+                f"images of {size[0]}x{size[1]} pixels hold no two patches of {self.patch}",
+                hint="Use larger images (--size) or a smaller patch.",
             )
         # The smaller encoder is the one inside the larger (code: hierarchical), trained by both losses.
         self.large = LargeEncoder(Encoder(self.patch // 2, self.dimension, self.channels), self.dimension)
-        self.tell_large, self.tell_small = Direction(self.dimension), Direction(self.dimension)
-        self.register_buffer("average_", torch.zeros(3, *self.seen))
-        for name in ("large", "small"):
-            self.register_buffer(f"bank_{name}", torch.zeros(0, self.dimension))
-            self.register_buffer(f"halves_{name}", torch.zeros(0))
+        self.register_buffer("average_", torch.zeros(3, *size))
 
     # --- fit ------------------------------------------------------------------------------------------------
-
-    def fit(
-        self,
-        images: ImageSource | Tensor,
-        *,
-        seed: int = 0,
-        resources: Resources | None = None,
-        progress: Progress | None = None,
-    ) -> Self:
-        """Learn from the pixels; the backbone and a bank of its features are not used."""
-        source = _TensorImages(images) if isinstance(images, Tensor) else images
-        generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            pixels: list[Tensor] = []
-            for batch in source.batches(16):
-                if not pixels:
-                    size = (batch.shape[2], batch.shape[3])
-                    self._prepare(FeatureShapes([], [], size), generator)
-                    self.prepare([], [], size, generator)
-                pixels += list((self._shrink(batch) * 255).round().to(torch.uint8))
-            if not pixels:
-                raise InputError("there is no image to fit on, expected at least 1")
-            self.train()
-            self._learn(torch.stack(pixels), generator, progress, resources.checkpoint if resources else None)
-        self.eval()
-        self._settle()
-        return self
 
     def fit_features(
         self,
@@ -201,80 +190,112 @@ class PatchSVDD(FeatureDetector):
         progress: Progress | None = None,
         checkpoint: Path | None = None,
     ) -> None:
-        """Refuse: features of a backbone are not what this method learns from.
+        """Train the embeddings, then choose the banks."""
+        encoders = self._start(bank)
+        lengths = [getattr(self, f"bank_{name}").shape[1] for name in _SIZES]
+        tell = nn.ModuleList(Direction(length) for length in lengths)
+        trained = nn.ModuleList([*encoders, tell])
 
-        Raises:
-            InputError: always.
-        """
-        raise InputError("Patch SVDD learns from images, found features only", hint="Call fit() with the images.")
-
-    def _shrink(self, images: Tensor) -> Tensor:
-        """Return images [B, 3, *seen]."""
-        if tuple(images.shape[2:]) == self.seen:
-            return images
-        return F.interpolate(images, self.seen, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
-
-    def _learn(
-        self, pixels: Tensor, generator: torch.Generator, progress: Progress | None, checkpoint: Path | None
-    ) -> None:
-        total = torch.zeros(3, *self.seen, dtype=torch.float64)
-        for image in pixels:
-            total += image.double() / 255
-        self.average_.copy_(total / len(pixels))
-        kinds = ((self.patch, self.large, self.tell_large), (self.patch // 2, self.large.small, self.tell_small))
-
-        def batches() -> Iterator[list[tuple[Tensor, ...]]]:
+        def batches() -> Iterator[list[_Pairs]]:
             while True:
-                sides = [k for k, _, _ in kinds]
-                yield [(*self._neighbours(pixels, k, generator), *self._jittered(pixels, k, generator)) for k in sides]
+                yield self._draw(bank, generator)
 
-        def loss(batch: list[tuple[Tensor, ...]]) -> Tensor:
+        def loss(batch: list[_Pairs]) -> Tensor:
             total = torch.zeros(())
-            for (_, encode, tell), (first, second, direction, one, other) in zip(kinds, batch, strict=True):
-                total = total + F.cross_entropy(tell(encode(first) - encode(second)), direction)
+            for encode, classify, (first, second, direction, one, other) in zip(encoders, tell, batch, strict=True):
+                total = total + F.cross_entropy(classify(encode(first) - encode(second)), direction)
                 # The root is not differentiable at 0, where two patches are the same.
                 apart = (encode(one) - encode(other)).square().sum(1).add(1e-12).sqrt()
                 total = total + self.svdd * apart.mean()
             return total
 
         train(
-            self,
+            trained,
             loss,
             batches(),
             steps=self.steps,
             lr=self.lr,
+            schedule=one_cycle(self.steps) if self.net == "linear" else None,
             clip=10.0,
             generator=generator,
             progress=progress,
             checkpoint=checkpoint,
         )
-        for name, stride in zip(("large", "small"), self.strides, strict=True):
-            rows = self._all_rows(pixels, name, stride, generator)
+        for name, encode in zip(_SIZES, encoders, strict=True):
+            if isinstance(encode, nn.Linear):  # whitening and map are one matrix from now on
+                setattr(self, f"matrix_{name}", getattr(self, f"matrix_{name}") @ encode.weight.detach().T)
+        for name in _SIZES:
+            rows = self._candidates(bank, name, generator)
             if self.bank and len(rows) > self.bank:
                 projection = random_projection(rows.shape[1], rows.shape[1], generator)
                 rows = rows[choose_rows(rows, self.bank, projection, generator)]
             setattr(self, f"bank_{name}", rows.contiguous())
             setattr(self, f"halves_{name}", half_norms(rows))
 
+    def _start(self, bank: FeatureBank) -> list[nn.Module]:
+        """Learn what the embeddings start from; return what is trained, for large patches and for small ones."""
+        if self.net == "deep":
+            total = torch.zeros_like(self.average_, dtype=torch.float64)
+            for (images,) in bank.batches(16):
+                total += images.double().sum(0)
+            self.average_.copy_(total / len(bank))
+            return [self.large, self.large.small]
+        encoders: list[nn.Module] = []
+        for name in _SIZES:
+            width, length = getattr(self, f"matrix_{name}").shape
+            moments = Moments(1, width)
+            for pyramid in bank.batches(16):
+                moments.add(self._cells(pyramid, name).permute(0, 2, 3, 1).reshape(-1, 1, width))
+            white = whitening(moments)
+            getattr(self, f"mean_{name}").copy_(white.mean)
+            # All directions as they come, the strongest first; the map starts from the first ones.
+            encoder = nn.Linear(length, length, bias=False)
+            setattr(self, f"matrix_{name}", white.matrix(0.5)[:, :length].float())
+            nn.init.eye_(encoder.weight)
+            encoders.append(encoder)
+        return encoders
+
+    def _draw(self, bank: FeatureBank, generator: torch.Generator) -> list[_Pairs]:
+        """Return a step's pairs for large patches and for small ones."""
+        if self.net == "deep":
+            pixels = bank.level(0)
+            return [
+                (*self._neighbours(pixels, k, generator), *self._jittered(pixels, k, generator))
+                for k in (self.patch, self.patch // 2)
+            ]
+        pyramid = bank.pyramid(torch.randint(len(bank), (min(_IMAGES, self.batch),), generator=generator))
+        drawn: list[_Pairs] = []
+        for name in _SIZES:
+            cells = self._embed(pyramid, name)  # [n, D, rows, columns]
+            which = torch.arange(self.batch) % len(cells)
+            direction = torch.randint(len(_DIRECTIONS), (self.batch,), generator=generator)
+            step = torch.tensor(_DIRECTIONS)[direction]  # [batch, 2]
+            # Where the first cell may lie so that the second lies on the grid.
+            low, room = (-step).clamp(min=0), torch.tensor(self.grids[name]) - step.abs()
+            a = low + (torch.rand(self.batch, 2, generator=generator) * room).long()
+            first, second = (cells[which, :, at[:, 0], at[:, 1]] for at in (a, a + step))
+            drawn.append((first, second, direction, first, second))
+        return drawn
+
     @torch.no_grad()
-    def _all_rows(self, pixels: Tensor, name: str, stride: int, generator: torch.Generator) -> Tensor:
+    def _candidates(self, bank: FeatureBank, name: str, generator: torch.Generator) -> Tensor:
         """Return the embeddings of all training patches, or of as many as a thinned bank is chosen from."""
         found = []
-        for image in pixels:
-            rows = self.embeddings(image[None].float() / 255 - self.average_, name, stride)[0].flatten(1).T
+        for pyramid in bank.batches(1):
+            rows = self._embed(pyramid, name)[0].flatten(1).T
             if self.bank:
-                keep = max(1, _HELD // len(pixels))
+                keep = max(1, _HELD // len(bank))
                 rows = rows[torch.randperm(len(rows), generator=generator)[:keep]]
             found.append(rows)
         return torch.cat(found)
 
-    def _crop(self, pixels: Tensor, which: Tensor, top: Tensor, left: Tensor, k: int) -> Tensor:
-        """Return patches [n, 3, k, k] less the mean image."""
+    def _crop(self, pixels: Tensor, which: Tensor, at: Tensor, k: int) -> Tensor:
+        """Return patches [n, 3, k, k] less the mean image, upper left corners ``at`` [n, 2]."""
         span = torch.arange(k)
-        rows, columns = (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None, :]
+        rows, columns = (at[:, :1] + span)[:, None, :, None], (at[:, 1:] + span)[:, None, None, :]
         colours = torch.arange(3)[None, :, None, None]
-        picked = pixels[which[:, None, None, None], colours, rows[:, None], columns[:, None]].float() / 255
-        return picked - self.average_[colours, rows[:, None], columns[:, None]]
+        patches = pixels[which[:, None, None, None], colours, rows, columns].float()
+        return patches - self.average_[colours, rows, columns]
 
     def _neighbours(self, pixels: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Draw pairs of patches, the second at 3k/4 to k from the first in one of 8 directions: pair and direction."""
@@ -286,15 +307,15 @@ class PatchSVDD(FeatureDetector):
         far = 3 * k // 4 + torch.randint(max(1, k // 4), (n, 2), generator=generator)
         near = torch.randint(-(k // 4), k // 4 + 1, (n, 2), generator=generator)
         offset = torch.where(step == 0, near, step * far)
-        room = torch.tensor(self.seen) - k
+        room = torch.tensor(pixels.shape[2:]) - k
         low, high = (-offset).clamp(min=0), room - offset.clamp(min=0)
         share = torch.rand(n, 2, generator=generator)
         first = low + (share * (high - low + 1)).long()
-        first = torch.minimum(torch.maximum(first, torch.zeros_like(first)), room)
-        second = torch.minimum(torch.maximum(first + offset, torch.zeros_like(first)), room)
+        first = torch.minimum(first.clamp(min=0), room)
+        second = torch.minimum((first + offset).clamp(min=0), room)
         pair = []
         for at in (first, second):
-            patch = self._crop(pixels, which, at[:, 0], at[:, 1], k)
+            patch = self._crop(pixels, which, at, k)
             # Colours of the two must not give the direction away (chromatic aberration, shading).
             patch = patch + _RGB_SHIFT * torch.randn(n, 3, 1, 1, generator=generator)
             pair.append(patch + _NOISE * torch.randn(patch.shape, generator=generator))
@@ -304,50 +325,59 @@ class PatchSVDD(FeatureDetector):
         """Draw pairs of patches that lie up to a few pixels (k/32, at least 1) apart each way."""
         n, reach = self.batch, max(1, k // 32)
         which = torch.randint(len(pixels), (n,), generator=generator)
-        room = torch.tensor(self.seen) - k
+        room = torch.tensor(pixels.shape[2:]) - k
         first = (torch.rand(n, 2, generator=generator) * (room + 1)).long()
         offset = torch.randint(-reach, reach + 1, (n, 2), generator=generator)
         second = torch.minimum((first + offset).clamp(min=0), room)
-        one, other = (self._crop(pixels, which, at[:, 0], at[:, 1], k) for at in (first, second))
-        return one, other
+        return self._crop(pixels, which, first, k), self._crop(pixels, which, second, k)
 
     # --- score ----------------------------------------------------------------------------------------------
 
-    def embeddings(self, images: Tensor, name: str, stride: int) -> Tensor:
-        """Return embeddings [B, D, rows, columns] of all patches of ``images`` less the mean, every ``stride``."""
-        k = self.patch if name == "large" else self.patch // 2
-        encode = self.large if name == "large" else self.large.small
-        patches = images.unfold(2, k, stride).unfold(3, k, stride)  # [B, 3, r, c, k, k]
+    def _cells(self, pyramid: list[Tensor], name: str) -> Tensor:
+        """Return the features [B, C, rows, columns] that a patch is."""
+        return concatenate(pyramid, self.grids[name]) if name == "large" else pyramid[self.finest]
+
+    def _embed(self, pyramid: list[Tensor], name: str) -> Tensor:
+        """Return the embeddings [B, D, rows, columns] of all patches of a size."""
+        if self.net == "linear":
+            rows = self._cells(pyramid, name).permute(0, 2, 3, 1) - getattr(self, f"mean_{name}")
+            mapped: Tensor = rows @ getattr(self, f"matrix_{name}")
+            return mapped.permute(0, 3, 1, 2)
+        encode, k = (self.large, self.patch) if name == "large" else (self.large.small, self.patch // 2)
+        stride = self.strides[_SIZES.index(name)]
+        patches = (pyramid[0] - self.average_).unfold(2, k, stride).unfold(3, k, stride)  # [B, 3, r, c, k, k]
         b, _, r, c = patches.shape[:4]
         flat = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, k, k)
         embedded = torch.cat([encode(part) for part in torch.split(flat, 512)])
         return embedded.reshape(b, r, c, -1).permute(0, 3, 1, 2)
 
     def score_features(self, pyramid: list[Tensor]) -> Tensor:
-        """Return the map [B, *seen] of images [B, 3, H, W], the only level of ``pyramid``."""
-        images = self._shrink(pyramid[0]) - self.average_
-        product = torch.ones(len(images), *self.seen)
-        for name, stride in zip(("large", "small"), self.strides, strict=True):
-            embedded = self.embeddings(images, name, stride)
+        """Return the map: the product of the distances at both sizes, on the finest grid or per pixel."""
+        maps = []
+        for name in _SIZES:
+            embedded = self._embed(pyramid, name)
             rows = embedded.permute(0, 2, 3, 1).flatten(0, 2)
-            bank, halves = getattr(self, f"bank_{name}"), getattr(self, f"halves_{name}")
-            distance = nearest(rows, bank, 1, halves)[0].sqrt().reshape(len(images), 1, *embedded.shape[2:])
-            product = product * self._covering(distance, self.patch if name == "large" else self.patch // 2, stride)
-        return product
+            distance = nearest(rows, getattr(self, f"bank_{name}"), 1, getattr(self, f"halves_{name}"))[0].sqrt()
+            distance = distance.reshape(len(embedded), 1, *embedded.shape[2:])
+            if self.net == "deep":
+                k, stride = self.patch >> _SIZES.index(name), self.strides[_SIZES.index(name)]
+                maps.append(covering(distance, k, stride, (pyramid[0].shape[2], pyramid[0].shape[3])))
+            else:
+                maps.append(F.interpolate(distance, self.grids["small"], mode="bilinear", align_corners=False)[:, 0])
+        return maps[0] * maps[1]
 
-    def _covering(self, distance: Tensor, k: int, stride: int) -> Tensor:
-        """Return for each pixel the mean over the patches that cover it; borders repeat where none does."""
-        kernel = torch.ones(1, 1, k, k)
-        total = F.conv_transpose2d(distance, kernel, stride=stride)
-        count = F.conv_transpose2d(torch.ones_like(distance), kernel, stride=stride)
-        mean = total / count
-        rest = (0, self.seen[1] - mean.shape[3], 0, self.seen[0] - mean.shape[2])
-        return F.pad(mean, rest, mode="replicate")[:, 0]
 
-    def _score(self, images: Tensor, boxes: Sequence[Box] | None) -> Scores:
-        size = (images.shape[2], images.shape[3])
-        maps = upsample(self.score_features([images]), size, self.sigma(size))
-        return Scores(maps, self.score_images([], maps, boxes))
+def covering(distance: Tensor, k: int, stride: int, size: tuple[int, int]) -> Tensor:
+    """Return for each pixel [B, *size] the mean over the patches that cover it; borders repeat where none does.
+
+    ``distance`` [B, 1, rows, columns] holds one number per patch of ``k`` pixels, every ``stride`` pixels.
+    """
+    kernel = torch.ones(1, 1, k, k)
+    total = F.conv_transpose2d(distance, kernel, stride=stride)
+    count = F.conv_transpose2d(torch.ones_like(distance), kernel, stride=stride)
+    mean = total / count
+    rest = (0, size[1] - mean.shape[3], 0, size[0] - mean.shape[2])
+    return F.pad(mean, rest, mode="replicate")[:, 0]
 
 
 class Encoder(nn.Module):
