@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 import tempfile
 from collections import deque
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from adflow._files import make_folder
 from adflow._stores import DiskStore, RamStore, Store, SubsetStore
+from adflow._system import cores, free_memory
 from adflow.backbones import Backbone
 from adflow.errors import InputError, ResourceError, UsageError, unknown
 
@@ -245,17 +245,26 @@ def _plan(
     shapes = [(level.shape[1], level.shape[2], level.shape[3]) for level in pyramid]
     needed = rows * sum(c * h * w for c, h, w in shapes) * dtype.itemsize
     what = f"features of {rows} images, {_human(needed)} as {str(dtype).removeprefix('torch.')}"
+    limit = f"the limit for RAM is {_human(memory)}"
     if needed <= memory:
-        note = f"{what}: kept in RAM, below the limit of {_human(memory)}"
-        return [RamStore(shape, dtype, rows) for shape in shapes], note, False
+        left = free_memory()
+        try:
+            # Half of it: methods copy parts of the features while they learn.
+            if left is None or needed <= left // 2:
+                note = f"{what}: kept in RAM, below the limit of {_human(memory)}"
+                return [RamStore(shape, dtype, rows) for shape in shapes], note, False
+            limit = f"only {_human(left)} of RAM are free"
+        except ResourceError:
+            limit = "the system gives no more RAM"
+        logging.getLogger("adflow").warning(f"{what} go to disk, as {limit}; the result is the same")
     place = make_folder(Path(folder) if folder else Path(tempfile.gettempdir()))
     free = shutil.disk_usage(place).free
     if needed > free:
         raise ResourceError(
-            f"{what}: more than the limit of {_human(memory)} of RAM and the {_human(free)} free in {place}",
-            hint="Free some space, choose another cache folder, or store features as bfloat16.",
+            f"{what}: more than the {_human(free)} free in {place}, and {limit}",
+            hint="Free some space, point TMPDIR to another disk, or use --feature-dtype bfloat16 or a smaller --size.",
         )
-    note = f"{what}: on disk in {place}, as the limit for RAM is {_human(memory)}"
+    note = f"{what}: on disk in {place}, as {limit}"
     return [DiskStore(shape, dtype, place) for shape in shapes], note, True
 
 
@@ -277,8 +286,7 @@ class _Extraction:
         self.backbone = backbone
         self.augment, self.generator, self.views = augment, generator, views
         self.device = next(backbone.buffers()).device
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.workers = workers or max(1, min(cores, 8))
+        self.workers = workers or min(cores(), 8)
 
     def run(self, images: ImageSource) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
         if self.device.type != "cpu":

@@ -8,7 +8,6 @@ Memory is bounded: at most a few images per worker are under way, whatever the l
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from adflow._system import cores
 from adflow.data import Sample
 from adflow.detector import Detector
 from adflow.errors import InputError
@@ -54,8 +54,7 @@ class Scored:
 
 def default_workers() -> int:
     """Return how many images to work on at once: the cores this process may use, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, 8))
+    return min(cores(), 8)
 
 
 def run(

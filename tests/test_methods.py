@@ -163,47 +163,6 @@ def test_listing_methods_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_layers_import_only_downwards() -> None:
-    import ast
-
-    layers = [
-        ["cli"],
-        ["tasks", "evaluation", "export"],
-        ["pipeline", "runs", "detector_file"],
-        ["report", "overlays", "calibration", "methods"],
-        ["detector", "features"],
-        ["data", "backbones"],
-        ["zoo", "fetch"],
-        ["imaging", "flows", "nfa", "metrics"],
-        ["errors"],
-    ]
-    rank = {name: i for i, names in enumerate(layers) for name in names}
-    root = Path(methods.__file__).parents[1]
-    for file in root.rglob("*.py"):
-        own = file.relative_to(root).parts[0].removesuffix(".py")
-        if own not in rank:
-            continue
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        # Names needed for annotations only, and the registry's name of a method, do not load anything.
-        typing_only = {
-            id(inner)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-            for inner in ast.walk(node)
-        }
-        for node in ast.walk(tree):
-            if id(node) in typing_only:
-                continue
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("adflow"):
-                parts = node.module.split(".")
-                targets = [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
-                for target in targets:
-                    if target in rank:
-                        assert rank[target] >= rank[own], f"{file.name} imports {target} from above"
-                if own == "methods" and parts[1:2] == ["methods"] and len(parts) > 2:
-                    assert parts[2].startswith("_"), f"{file.name} imports the method {parts[2]}"
-
-
 TOY = '''
     """A method in one file: the distance of each cell to the mean of all good cells."""
 

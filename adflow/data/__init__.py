@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
+from adflow._system import cores
 from adflow.data._scan import list_images
 from adflow.errors import InputError, UnavailableError, UsageError, unknown
 from adflow.imaging import Box, Size, fit_to, read_image, show
@@ -210,7 +211,7 @@ class Images:
         self.size = size
         self.keep_aspect = keep_aspect
         self.strict = strict
-        self.workers = min(4, _cores()) if workers is None else workers
+        self.workers = min(4, cores()) if workers is None else workers
         self.skipped: list[tuple[Path, str]] = []
         self._bad: set[int] = set()
 
@@ -294,12 +295,6 @@ def _reason(error: InputError, path: Path) -> str:
     for start in (f"cannot read {show(path)}: ", f"{show(path)}: ", f"{show(path)} "):
         text = text.removeprefix(start)
     return text
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _layout_names() -> list[str]:
