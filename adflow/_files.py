@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,18 +17,32 @@ from adflow.errors import AdflowError, InputError, ResourceError
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "Free some space or choose another place."),
     errno.EDQUOT: ("the disk quota is used up", "Free some space or choose another place."),
+    errno.EFBIG: ("the file is larger than this system allows", "Choose another disk, or raise the limit (ulimit -f)."),
     errno.EACCES: ("no permission to write there", "Choose a folder you may write to."),
     errno.EPERM: ("no permission to write there", "Choose a folder you may write to."),
     errno.EROFS: ("the file system is read-only", "Choose a folder you may write to."),
 }
+# Libraries written in Rust tell an operating system's error in words.
+_IN_WORDS = re.compile(r"\(os error (\d+)\)")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{12}\.partial(\.\w+)?")
 
 
 def write_error(path: Path, error: OSError) -> AdflowError:
     """Turn an operating-system error met while writing ``path`` into one clear line."""
-    reason = _REASONS.get(error.errno or 0)
+    number = error.errno or (errno.ENOSPC if is_full(path) else 0)  # image writers lose the number
+    reason = _REASONS.get(number)
     if reason:
         return ResourceError(f"cannot write {path}: {reason[0]}", hint=reason[1])
     return InputError(f"cannot write {path}: {error.strerror or error}")
+
+
+def is_full(path: Path) -> bool:
+    """Return whether the disk of ``path``, or of its nearest folder that is there, has less than a block left."""
+    here = next((folder for folder in (path, *path.parents) if folder.is_dir()), Path())
+    try:
+        return shutil.disk_usage(here).free < 4096
+    except OSError:
+        return False
 
 
 def make_folder(path: Path) -> Path:
@@ -59,12 +76,30 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise write_error(path, error) from error
+    except Exception as error:
+        number = _IN_WORDS.search(str(error))
+        if number is None:
+            raise
+        raise write_error(path, _system_error(int(number[1]))) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
+def is_temporary(path: Path) -> bool:
+    """Return whether ``path`` is what :func:`atomic_write` leaves when its process is killed."""
+    return _TEMPORARY.fullmatch(path.name) is not None and path.is_file()
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` in UTF-8, whole or not at all."""
+    r"""Write ``text`` to ``path`` in UTF-8, whole or not at all.
+
+    File names need not be text: their stray bytes, which Python holds as U+DC80 to U+DCFF, are written as ``\udc80``,
+    which JSON reads back.
+    """
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _system_error(number: int) -> OSError:
+    return OSError(0, "", None, number) if sys.platform == "win32" else OSError(number, os.strerror(number))

@@ -1,38 +1,37 @@
 """One lock between processes, the only place that knows how an operating system locks a file.
 
 The kernel holds the lock and drops it when its process ends, however it ends: no stale lock survives
-``kill -9``. The lock file itself stays: deleting it would let two processes hold one lock on two files.
+``kill -9``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from adflow._files import make_folder, write_error
+from adflow._files import is_temporary, make_folder, write_error
+from adflow.errors import ResourceError
 
 if sys.platform == "win32":
     import msvcrt
 
-    def _try(descriptor: int) -> bool:
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
+    def _hold(descriptor: int) -> None:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 else:
     import fcntl
 
-    def _try(descriptor: int) -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+    def _hold(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# What file systems without locks (some network shares) answer. There is nothing to hold then, and writing is still
+# whole or not at all: going on beats refusing all work.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 @contextlib.contextmanager
@@ -40,7 +39,7 @@ def lock(path: Path, waiting: Callable[[], None] | None = None, pause: float = 0
     """Hold the lock file ``path`` while the body runs; wait for whoever holds it now.
 
     Args:
-        path: the lock file; created when it is not there.
+        path: the lock file; created when it is not there, and left there.
         waiting: called once if the lock is taken, so that the user learns why nothing happens.
         pause: seconds between two tries.
 
@@ -48,17 +47,72 @@ def lock(path: Path, waiting: Callable[[], None] | None = None, pause: float = 0
         ResourceError: the file cannot be created there.
     """
     make_folder(path.parent)
+    told = False
+    while (descriptor := _take(path)) is None:
+        if not told and waiting is not None:
+            waiting()
+        told = True
+        time.sleep(pause)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise write_error(path, error) from error
-    try:
-        told = False
-        while not _try(descriptor):
-            if not told and waiting is not None:
-                waiting()
-            told = True
-            time.sleep(pause)
         yield
     finally:
         os.close(descriptor)  # closing drops the lock
+
+
+@contextlib.contextmanager
+def claim(folder: Path, *inside: str) -> Iterator[None]:
+    """Be the only one who writes to ``folder``, created when it is not there, while the body runs.
+
+    First, what a killed process left half-written there is removed: files of
+    :func:`adflow._files.atomic_write` in ``folder`` itself, and anywhere below its folders ``inside``.
+
+    Raises:
+        ResourceError: somebody else writes there now, or nobody may.
+    """
+    path = make_folder(folder) / ".adflow.lock"
+    descriptor = _take(path)
+    if descriptor is None:
+        raise ResourceError(
+            f"another process is writing to {folder}", hint="Wait until it has ended, or give another --out."
+        )
+    try:
+        _tidy(folder, inside)
+        yield
+    finally:
+        # On Windows an open file cannot be removed, elsewhere a closed one may be somebody's already.
+        if sys.platform == "win32":
+            os.close(descriptor)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        if sys.platform != "win32":
+            os.close(descriptor)
+
+
+def _tidy(folder: Path, inside: Sequence[str]) -> None:
+    try:
+        for place in (folder.iterdir(), *((folder / name).rglob("*") for name in inside)):
+            for file in place:
+                if is_temporary(file):
+                    file.unlink(missing_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def _take(path: Path) -> int | None:
+    """Return a descriptor that holds the lock on ``path``, or None while another one does."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise write_error(path, error) from error
+        try:
+            _hold(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                return None
+        # Whoever held it may have removed the file meanwhile: the lock must be on the one that others will open.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)

@@ -5,7 +5,8 @@ Layout: tensors ``model.<name>`` (learned, without the backbone) and ``calibrati
 
     {"format": 1, "method": "cflow", "params": {...},
      "backbone": {"name", "taps", "weights": sha256 of the weight file}, "shapes": {"channels", "grids"} | null,
-     "size": [H, W], "keep_aspect": bool, "provenance": {...}, "digest": sha256 over names, types, shapes and bytes}
+     "size": [H, W], "keep_aspect": bool, "provenance": {...}, "digest": sha256 over names, types, shapes and bytes,
+     "check": sha256 over all the rest of this object}
 
 The backbone's weights are not stored: they are public, named by their hash, and refused when they differ.
 """
@@ -35,6 +36,16 @@ FORMAT = 1
 SUFFIX = ".safetensors"
 # Headers are a few kilobytes; one beyond this is not ours, and parsing it could eat the memory of the machine.
 MAX_HEADER = 16 << 20
+_FIELDS = {
+    "method": str,
+    "params": dict,
+    "backbone": dict,
+    "shapes": dict | None,
+    "size": list,
+    "keep_aspect": bool,
+    "provenance": dict,
+    "digest": str,
+}
 
 
 def digest(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
@@ -43,7 +54,7 @@ def digest(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
     Provenance holds times and paths; it is left out, so that two fits with one seed have one digest.
     """
     total = hashlib.sha256()
-    meaning = {key: value for key, value in header.items() if key not in ("provenance", "digest")}
+    meaning = {key: value for key, value in header.items() if key not in ("provenance", "digest", "check")}
     total.update(json.dumps(meaning, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -79,6 +90,7 @@ def save_detector(detector: Detector, path: Path) -> Path:
     }
     header = json.loads(json.dumps(header))
     header["digest"] = digest(tensors, header)
+    header["check"] = _check(header)
     with atomic_write(Path(path)) as temporary:
         save_file(tensors, str(temporary), metadata={"adflow": json.dumps(header, sort_keys=True)})
     return Path(path)
@@ -95,6 +107,11 @@ def read_header(path: Path) -> dict[str, Any]:
         from adflow.bundle import bundle_header
 
         return bundle_header(path)
+    return _read(path, tensors=False)[0]
+
+
+def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return header and tensors of one and the same file, also while another process replaces it."""
     try:
         with path.open("rb") as stream:
             start = stream.read(8)
@@ -103,27 +120,41 @@ def read_header(path: Path) -> dict[str, Any]:
                 f"{path} is not an adflow detector: it does not start like a safetensors file",
                 hint="Give a file written by `adflow fit`; `adflow list detectors` shows those found.",
             )
-        with safe_open(str(path), framework="pt") as tensors:
-            text = (tensors.metadata() or {}).get("adflow")
+        with safe_open(str(path), framework="pt") as stored:
+            text = (stored.metadata() or {}).get("adflow")
+            found = {}
+            if tensors and text is not None:
+                found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise DetectorFileError(
             f"there is no detector file {path}", hint="`adflow list detectors` shows those found."
         ) from None
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         message = f"{path} is damaged or not a detector: {error}"
         raise DetectorFileError(message, hint="Fit or fetch it again.") from None
     if text is None:
         raise DetectorFileError(f"{path} is a safetensors file, but not one written by adflow")
     try:
         header = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DetectorFileError(f"{path} has a damaged header: {error}", hint="Fit or fetch it again.") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         version = header.get("format") if isinstance(header, dict) else None
         raise DetectorFileError(
-            f"{path} has format {version!r}, this adflow reads {FORMAT}", hint="Update adflow, or fit again."
+            f"{path} has format {str(version)[:20]}, this adflow reads {FORMAT}", hint="Update adflow, or fit again."
         )
-    return header
+    wrong = [key for key, kind in _FIELDS.items() if key not in header or not isinstance(header[key], kind)]
+    # Files of the first adflow carry no check.
+    if wrong or header.get("check", _check(header)) != _check(header):
+        what = f": {', '.join(wrong)}" if wrong else ": its content is not what was written"
+        raise DetectorFileError(f"{path} has a damaged header{what}", hint="Fit or fetch it again.")
+    return header, found
+
+
+def _check(header: dict[str, Any]) -> str:
+    """Return the sha256 over a header, so that no bit of it, provenance included, changes unnoticed."""
+    rest = {key: value for key, value in header.items() if key != "check"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def load_detector(
@@ -145,12 +176,7 @@ def load_detector(
         from adflow.bundle import load_bundle
 
         return load_bundle(path)
-    header = read_header(path)
-    try:
-        with safe_open(str(path), framework="pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise DetectorFileError(f"{path} is damaged: {error}", hint="Fit or fetch it again.") from None
+    header, tensors = _read(path)
     found = digest(tensors, header)
     if found != header.get("digest"):
         raise DetectorFileError(
@@ -164,7 +190,7 @@ def load_detector(
         if isinstance(error, DetectorFileError) or error.exit_code == 4:
             raise
         raise DetectorFileError(f"{path} cannot be used: {error}", hint=error.hint) from error
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, AssertionError) as error:
         raise DetectorFileError(f"{path} does not fit its method: {error}", hint="Fit it again.") from error
     detector.to(device)
     return detector.eval()

@@ -71,7 +71,9 @@ def run(arguments: list[str]) -> int:
     except MemoryError:
         return _tell(_out_of_memory("the machine"))
     except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
+        # What torch says on GPUs, Linux, Windows, and of its C++ parts.
+        words = ("not enough memory", "can't allocate memory", "bad_alloc", "out of memory")
+        if type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words):
             return _tell(_out_of_memory("the device"))
         raise
 

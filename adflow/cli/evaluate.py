@@ -146,6 +146,7 @@ def evaluate(
     """
     from dataclasses import replace
 
+    from adflow._lock import claim
     from adflow.cli import _evaluate as steps
     from adflow.report import Gridded
     from adflow.tasks import _publish
@@ -193,16 +194,17 @@ def evaluate(
     folder = out or steps.runs_of(runs) / folder_name([one.name for one in classes], options, measuring)
     command = steps.command()
     kept = steps.runs_of(runs) if keep else None
-    outcome = steps.compute(planned, measuring, folder, jobs, fresh, kept, command, talk)
-    if ci:
-        for cell, row in steps.rows_of(outcome):
-            row.update(intervals(cell))
-    beside: list[Gridded] = [
-        steps.beside(one, outcome, classes, measuring, folder, where, talk, jobs) for one in sides
-    ]
-    facts = {"seeds": seeds if method else None, "set": options.settings or None}
-    found = _publish.provenance(outcome, command, facts)
-    table = _publish.publish(outcome, found, folder, page=report, beside=beside)
+    with claim(folder, "cells", "overlays"):
+        outcome = steps.compute(planned, measuring, folder, jobs, fresh, kept, command, talk)
+        if ci:
+            for cell, row in steps.rows_of(outcome):
+                row.update(intervals(cell))
+        beside: list[Gridded] = [
+            steps.beside(one, outcome, classes, measuring, folder, where, talk, jobs) for one in sides
+        ]
+        facts = {"seeds": seeds if method else None, "set": options.settings or None}
+        found = _publish.provenance(outcome, command, facts)
+        table = _publish.publish(outcome, found, folder, page=report, beside=beside)
     parts: list[Any] = [table.table(talk.out.width)]
     if ci:
         parts.append(_publish.interval_grid(outcome.rows).rich())

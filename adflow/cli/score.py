@@ -29,6 +29,7 @@ def score(
     verbose: o.Verbose = False,
 ) -> None:
     """Give every image an anomaly score, a p-value and a verdict; CSV and JSON lines beside the table."""
+    from adflow._lock import claim
     from adflow.cli._inputs import gather, open_detector
     from adflow.tasks.score import score as run_score
 
@@ -36,7 +37,7 @@ def score(
     samples = gather(paths, data_root)
     detector, path = open_detector(model, runs, device, precision, weights, talk)
     folder = out or path.parent / "score"
-    with talk.progress("score") as progress:
+    with claim(folder), talk.progress("score") as progress:
         result = run_score(
             detector, samples, rate=flag_rate, out=folder, strict=strict, workers=workers, progress=progress
         )

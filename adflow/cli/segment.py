@@ -37,6 +37,7 @@ def segment(
     verbose: o.Verbose = False,
 ) -> None:
     """Mark the defects: masks, overlays, regions.jsonl and COCO, at a false-alarm rate you choose."""
+    from adflow._lock import claim
     from adflow.cli._inputs import gather, open_detector
     from adflow.errors import UsageError, unknown
     from adflow.tasks._null import GaussianNull
@@ -56,7 +57,7 @@ def segment(
     else:
         point = operating_point(detector, nfa=nfa, flag_rate=flag_rate, threshold=threshold)
     folder = out or path.parent / "segment"
-    with talk.progress("segment") as progress:
+    with claim(folder, "masks", "overlays"), talk.progress("segment") as progress:
         result = run_segment(
             detector,
             samples,

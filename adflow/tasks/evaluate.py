@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from adflow._files import make_folder, write_text
+from adflow._lock import claim
 from adflow.detector import Detector, Progress
 from adflow.detector_file import digest, load_detector
 from adflow.errors import AdflowError, InputError
@@ -265,7 +266,9 @@ def _measure_fitted(
     options = replace(job.options, resources=resources)
     fitted = fit_detector(detector, job.data.train, options, size, keep_aspect, progress, features)
     if item.keep is not None:
-        save_run(detector, job.data, fitted, make_folder(_run_folder(item.keep, job)), item.command)
+        folder = _run_folder(item.keep, job)
+        with claim(folder):
+            save_run(detector, job.data, fitted, folder, item.command)
     cost = {"fit_seconds": sum(fitted["seconds"].values())}
     notes = [f"skipped {line}" for line in fitted["skipped"]]
     _measure(item, detector, fitted["digest"], cost, notes, progress)

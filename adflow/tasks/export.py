@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import platform
-import secrets
 import shutil
 import statistics
 import time
@@ -20,7 +20,8 @@ import torch
 
 from adflow import __version__, zoo
 from adflow._card import _METRICS, model_card
-from adflow._files import atomic_write, make_folder, write_error
+from adflow._files import atomic_write, is_full, make_folder, write_error
+from adflow._lock import claim
 from adflow.bundle import CALIBRATION, CERTIFICATE, METADATA, MODELS, load_bundle, need, onnx_session, sha256_of
 from adflow.data import Sample
 from adflow.detector import Detector, Progress
@@ -187,25 +188,34 @@ def export_bundle(
             hint="Fit with --stretch.",
         )
     levels, about = thresholds_of(detector)
-    make_folder(out.parent)
-    beside = out.with_name(f".{secrets.token_hex(6)}.partial")
-    try:
-        make_folder(beside)
-        write_program(detector, levels, kind, beside / MODELS[kind])
-        _write_about(detector, model, beside, kind, about)
-        with one_thread():
-            certificate = certify(detector, beside, kind, samples, tolerance, bisect, progress)
-        certificate["detector_sha256"] = sha256_of(model)
-        (beside / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
-        old = beside.with_suffix(".old")
-        if out.exists():
-            out.replace(old)
-        beside.replace(out)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise write_error(out, error) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    beside, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
+    with claim(out.parent):
+        try:
+            # A process killed between the two moves below leaves the bundle under its second name.
+            if old.exists() and not out.exists():
+                old.replace(out)
+            for stale in (beside, old):
+                shutil.rmtree(stale, ignore_errors=True)
+            make_folder(beside)
+            write_program(detector, levels, kind, beside / MODELS[kind])
+            _write_about(detector, model, beside, kind, about)
+            with one_thread():
+                certificate = certify(detector, beside, kind, samples, tolerance, bisect, progress)
+            certificate["detector_sha256"] = sha256_of(model)
+            (beside / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
+            if out.exists():
+                out.replace(old)
+            beside.replace(out)
+        except OSError as error:
+            raise write_error(out, error) from error
+        except RuntimeError as error:
+            # torch's writers have no better word for a full disk.
+            if "writ" in str(error) and is_full(beside):
+                raise write_error(out, OSError(errno.ENOSPC, "")) from error
+            raise
+        finally:
+            for stale in (beside, old):
+                shutil.rmtree(stale, ignore_errors=True)
     return certificate | {"bundle": str(out)}
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from adflow import __version__, methods
-from adflow._files import make_folder, write_text
+from adflow._files import write_text
+from adflow._lock import claim
 from adflow.calibration import Calibration
 from adflow.data import Dataset, Images, Sample
 from adflow.detector import Detector, Progress, Resources
@@ -113,19 +114,21 @@ def fit(
 
     Raises:
         InputError: too few or unreadable images.
+        ResourceError: another process fits into the same folder.
         TrainingError: the training did not stay finite.
     """
     options = options or FitOptions()
     detector, size, keep_aspect = prepare(data, options)
     name = run_name(data.name, options.method, detector.backbone.name, options.seed)
-    folder = make_folder(out or runs_folder(runs) / name)
-    checkpoint = folder / "fit.checkpoint"
-    if not resume:
+    folder = out or runs_folder(runs) / name
+    with claim(folder):
+        checkpoint = folder / "fit.checkpoint"
+        if not resume:
+            checkpoint.unlink(missing_ok=True)
+        options = replace(options, resources=replace(options.resources, checkpoint=checkpoint))
+        fitted = fit_detector(detector, data.train, options, size, keep_aspect, progress)
+        summary = save_run(detector, data, fitted, folder, command)
         checkpoint.unlink(missing_ok=True)
-    options = replace(options, resources=replace(options.resources, checkpoint=checkpoint))
-    fitted = fit_detector(detector, data.train, options, size, keep_aspect, progress)
-    summary = save_run(detector, data, fitted, folder, command)
-    checkpoint.unlink(missing_ok=True)
     return summary
 
 
@@ -296,8 +299,9 @@ def calibrate(model: Path, good: Sequence[Sample], *, device: str = "auto", stri
     Raises:
         InputError: no readable image.
     """
-    detector = load_detector(model, device=choose_device(device))
-    detector.calibration = _calibration(detector, good, strict)
-    detector.provenance = detector.provenance | {"held_out": len(good), "recalibrated": True}
-    save_detector(detector, model)
+    with claim(model.parent):
+        detector = load_detector(model, device=choose_device(device))
+        detector.calibration = _calibration(detector, good, strict)
+        detector.provenance = detector.provenance | {"held_out": len(good), "recalibrated": True}
+        save_detector(detector, model)
     return {"detector": str(model), "images": len(good), "calibration": detector.calibration.health()}
