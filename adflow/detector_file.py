@@ -36,6 +36,7 @@ FORMAT = 1
 SUFFIX = ".safetensors"
 # Headers are a few kilobytes; one beyond this is not ours, and parsing it could eat the memory of the machine.
 MAX_HEADER = 16 << 20
+MAX_SIDE = 8192  # of an input, in pixels; see imaging.parse_size
 _FIELDS = {
     "method": str,
     "params": dict,
@@ -190,7 +191,7 @@ def load_detector(
         if isinstance(error, DetectorFileError) or error.exit_code == 4:
             raise
         raise DetectorFileError(f"{path} cannot be used: {error}", hint=error.hint) from error
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, AssertionError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, MemoryError) as error:
         raise DetectorFileError(f"{path} does not fit its method: {error}", hint="Fit it again.") from error
     detector.to(device)
     return detector.eval()
@@ -214,12 +215,15 @@ def _build(header: dict[str, Any], tensors: dict[str, Tensor], weights: Path | N
         k: tuple(v) if isinstance(known[k], tuple) and isinstance(v, list) else v for k, v in header["params"].items()
     }
     detector = cls(backbone, **params)
-    detector.size = (int(header["size"][0]), int(header["size"][1]))
+    height, width = detector.size = _size(header["size"])
     if isinstance(detector, FeatureDetector):
-        shapes = header["shapes"]
-        detector.shapes = FeatureShapes(
-            [int(c) for c in shapes["channels"]], [(int(h), int(w)) for h, w in shapes["grids"]], detector.size
-        )
+        grids = [_size(grid) for grid in header["shapes"]["grids"]]
+        # Before anything is made of these sizes: a wrong one could take all the memory of the machine.
+        if header["shapes"]["channels"] != backbone.channels or len(grids) != len(backbone.channels):
+            raise DetectorFileError(f"features have {header['shapes']['channels']} channels, not {backbone.channels}")
+        if any(h > height or w > width for h, w in grids):
+            raise DetectorFileError(f"feature grids {grids} are finer than the input {height}x{width}")
+        detector.shapes = FeatureShapes(list(backbone.channels), grids, detector.size)
         with torch.random.fork_rng(devices=[]):
             generator = torch.Generator().manual_seed(0)
             detector.prepare(detector.shapes.channels, detector.shapes.grids, detector.size, generator)
@@ -231,6 +235,14 @@ def _build(header: dict[str, Any], tensors: dict[str, Tensor], weights: Path | N
     for parameter in detector.parameters():
         parameter.requires_grad_(False)
     return detector
+
+
+def _size(sides: Any) -> tuple[int, int]:
+    height, width = sides
+    for side in (height, width):
+        if not isinstance(side, int) or not 1 <= side <= MAX_SIDE:
+            raise DetectorFileError(f"a size is {str(side)[:20]}, expected 1 to {MAX_SIDE} pixels")
+    return height, width
 
 
 def _set_learned(detector: Detector, tensors: dict[str, Tensor]) -> None:

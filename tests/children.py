@@ -123,7 +123,7 @@ def _serve() -> None:
         answer: dict[str, Any] = {}
         if "warm" in request:
             for argv in request["warm"]:
-                with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+                with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):
                     assert cli.run(argv) == 0, argv
         elif "start" in request:
             sys.stderr.flush()
@@ -216,7 +216,7 @@ class _Fault:
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
-            path, mode, flags = arguments
+            path, _, flags = arguments
             if not isinstance(flags, int) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or path == os.devnull:
                 return
         elif event not in WRITES:
@@ -228,7 +228,7 @@ class _Fault:
         here, self.seen = self.seen, self.seen + 1
         if self.log is not None:
             name = names[1] if event == "os.rename" else names[0]
-            name = os.path.abspath(name)
+            name = str(Path.cwd() / name)
             os.write(self.log, (json.dumps([event, name]) + "\n").encode())
         at = self.fault.get("at")
         if at is None or here < at:
@@ -258,7 +258,8 @@ def left_over(folder: Path) -> list[str]:
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
     """A file system of its own with ``size`` (of mount's tmpfs) at ``folder``; raises when it may not be mounted."""
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True, capture_output=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
     try:
         yield folder
     finally:

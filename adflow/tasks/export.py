@@ -379,5 +379,3 @@ def default_samples(count: int = 8) -> list[Sample]:
     (data, *_) = open_data("demo/brick")
     good, bad = ([s for s in data.test if s.label == label] for label in (0, 1))
     return [sample for pair in zip(good, bad, strict=False) for sample in pair][:count]
-
-

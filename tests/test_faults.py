@@ -1,0 +1,267 @@
+"""Full disks, two processes at one place, damaged files, odd names: what unattended work meets, in seconds.
+
+The long campaigns (kills, every byte, thousands of inputs) are in tests/extended.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyBackbone, make_tiny_images
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from adflow import cli, detector_file, methods
+from adflow._files import atomic_write, write_text
+from adflow._lock import claim, lock
+from adflow.detector import Detector
+from adflow.detector_file import digest, load_detector, read_header, save_detector
+from adflow.errors import DetectorFileError, InputError, ResourceError
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return methods.get("padim")(TinyBackbone()).fit(make_tiny_images(8).normal)
+
+
+@pytest.fixture
+def file(detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(detector_file, "make_backbone", lambda *_, **__: detector.backbone)
+    return save_detector(detector, tmp_path / "d.safetensors")
+
+
+# ---- writing
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.EFBIG, "File too large"), "larger than this system allows"),
+        (OSError(errno.EROFS, "Read-only file system"), "read-only"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk is full"),
+        (SafetensorError("I/O error: Permission denied (os error 13)"), "no permission"),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="the numbers are those of POSIX")
+def test_what_writers_complain_of_is_one_line(error: Exception, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=words) as found, atomic_write(tmp_path / "a.bin") as temporary:
+        temporary.write_bytes(b"half")
+        raise error
+    assert "a.bin" in str(found.value) and found.value.hint and list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_that_loses_the_number_of_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    complaint = OSError("encoder error -2 when writing image file")  # Pillow
+    with pytest.raises(InputError, match="encoder error"), atomic_write(tmp_path / "a.png"):
+        raise complaint
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    with pytest.raises(ResourceError, match="the disk is full"), atomic_write(tmp_path / "a.png"):
+        raise complaint
+
+
+def test_other_errors_of_a_writer_pass_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), atomic_write(tmp_path / "a.bin"):
+        raise KeyError("a bug")
+
+
+def test_file_names_that_are_not_text_can_be_written_down(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    write_text(tmp_path / "a.jsonl", json.dumps({"image": name}, ensure_ascii=False))
+    assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8")) == {"image": name}
+
+
+# ---- two processes, one place
+
+
+def test_a_folder_is_written_by_one_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with claim(folder):
+        with pytest.raises(ResourceError, match=r"another process is writing to .*out"), claim(folder):
+            pass
+        assert [path.name for path in folder.iterdir()] == [".adflow.lock"]
+    assert list(folder.iterdir()) == []
+    with claim(folder):
+        pass
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    keep = [".hidden", "a.partial", ".0123456789ab.partial.d/x", "masks/a.png", "other/.0123456789ab.partial.png"]
+    stale = [".0123456789ab.partial.json", ".adflow.lock", "masks/deep/.ba9876543210.partial.png"]
+    for name in (*keep, *stale):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    with claim(tmp_path, "masks"):
+        pass
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(keep)
+
+
+COUNT = """
+import sys
+from pathlib import Path
+from adflow._lock import claim
+from adflow.errors import ResourceError
+folder, left = Path(sys.argv[1]), 200
+while left:
+    try:
+        with claim(folder):
+            number = folder / "number"
+            number.write_text(str(int(number.read_text()) + 1))
+            left -= 1
+    except ResourceError:
+        continue
+"""
+
+
+def test_claims_that_come_and_go_never_overlap(tmp_path: Path) -> None:
+    """The lock file is removed each time: a lock on a removed file must not count."""
+    (tmp_path / "number").write_text("0")
+    others = [subprocess.Popen([sys.executable, "-c", COUNT, str(tmp_path)]) for _ in range(2)]
+    assert [process.wait(60) for process in others] == [0, 0]
+    assert (tmp_path / "number").read_text() == "400"
+
+
+def test_a_file_system_without_locks_does_not_stop_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("adflow._lock._hold", refuse)
+    with claim(tmp_path / "out"), lock(tmp_path / "a.lock"):
+        pass
+
+
+def test_a_detector_replaced_while_it_is_read_is_the_old_or_the_new_one(
+    file: Path, detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = methods.get("padim")(detector.backbone).fit(make_tiny_images(8, seed=1).normal)
+    known = {read_header(file)["digest"], read_header(save_detector(other, file.with_name("b.safetensors")))["digest"]}
+    original = detector_file.safe_open
+
+    def replaced_after_opening(path: str, **options: Any) -> Any:
+        opened = original(path, **options)
+        if file.with_name("b.safetensors").exists():
+            file.with_name("b.safetensors").replace(path)
+        return opened
+
+    monkeypatch.setattr(detector_file, "safe_open", replaced_after_opening)
+    loaded = load_detector(file)
+    assert digest(loaded.learned(), {}) in {digest(d.learned(), {}) for d in (detector, other)}
+    assert read_header(file)["digest"] in known
+
+
+# ---- detector files
+
+
+def parts(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
+        return tensors, json.loads(stored.metadata()["adflow"])
+
+
+def forge(path: Path, tensors: dict[str, torch.Tensor], header: Any) -> Path:
+    """Write a file whose sums are right: what is wrong with it must be found by what it says."""
+    if isinstance(header, dict):
+        header.pop("check", None)
+        header["digest"] = digest(tensors, header)
+    save_file(tensors, path, metadata={"adflow": json.dumps(header)})
+    return path
+
+
+WRONG: list[Any] = [None, True, -1, 10**30, "", "x" * 1000, [], [[]], [0, 0], {}, {"name": 3}, [1e308, 5], "../../etc"]
+
+
+def headers(good: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for key in good:
+        yield {k: v for k, v in good.items() if k != key}
+        yield from ({**good, key: value} for value in WRONG)
+    for key in ("backbone", "shapes", "params"):
+        for inner in good[key]:
+            yield {**good, key: {k: v for k, v in good[key].items() if k != inner}}
+            yield from ({**good, key: {**good[key], inner: value}} for value in WRONG)
+    yield {**good, "params": {**good["params"], "__class__": 3}}
+    yield {**good, "method": "os"}
+    yield {**good, "method": "_train"}
+    yield {**good, "shapes": {"channels": [10**9], "grids": [[10**6, 10**6]]}}
+    yield {**good, "size": [10**6, 10**6]}
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """At most 2 GiB more: what a lie makes us take must fail here, not end the machine's other work."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (2 << 30), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_headers_that_lie_are_refused_or_load(file: Path, tmp_path: Path, little_memory: None) -> None:
+    tensors, good = parts(file)
+    assert load_detector(forge(tmp_path / "same.safetensors", tensors, good))
+    refused = 0
+    for i, header in enumerate(headers(good)):
+        path = forge(tmp_path / "forged.safetensors", tensors, header)
+        try:
+            load_detector(path)
+        except (DetectorFileError, InputError) as error:
+            refused += 1
+            assert len(str(error)) < 2000, i
+    assert refused > 100
+
+
+def test_a_changed_bit_of_the_provenance_is_noticed(file: Path) -> None:
+    tensors, header = parts(file)
+    header["provenance"]["seconds"] = 5
+    save_file(tensors, file, metadata={"adflow": json.dumps(header)})
+    with pytest.raises(DetectorFileError, match="damaged header"):
+        read_header(file)
+
+
+@pytest.mark.parametrize("length", [17 << 20, 1 << 30, 1 << 62, 2**64 - 1])
+def test_a_header_of_gigabytes_is_refused_unread(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "d.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + b"{" * 100)
+    with pytest.raises(DetectorFileError, match="does not start like"):
+        load_detector(path)
+
+
+def test_a_header_nested_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata={"adflow": "[" * 200_000})
+    with pytest.raises(DetectorFileError, match="damaged"):
+        load_detector(path)
+
+
+# ---- the command line
+
+
+def test_out_of_memory_names_the_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        RuntimeError("std::bad_alloc"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ):
+
+        def fail(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("adflow.methods.facts", fail)
+        assert cli.run(["list", "methods"]) == 5, error
+        assert "--feature-memory" in capsys.readouterr().err
