@@ -69,6 +69,7 @@ def claim(folder: Path, *inside: str) -> Iterator[None]:
     Raises:
         ResourceError: somebody else writes there now, or nobody may.
     """
+    mine = not folder.exists()
     path = make_folder(folder) / ".adflow.lock"
     descriptor = _take(path)
     if descriptor is None:
@@ -86,6 +87,9 @@ def claim(folder: Path, *inside: str) -> Iterator[None]:
             path.unlink()
         if sys.platform != "win32":
             os.close(descriptor)
+        if mine:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only when nothing was written
 
 
 def _tidy(folder: Path, inside: Sequence[str]) -> None:

@@ -90,9 +90,11 @@ def test_a_folder_is_written_by_one_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(ResourceError, match=r"another process is writing to .*out"), claim(folder):
             pass
         assert [path.name for path in folder.iterdir()] == [".adflow.lock"]
-    assert list(folder.iterdir()) == []
+    assert not folder.exists(), "a folder made for nothing is taken away"
+    folder.mkdir()
     with claim(folder):
         pass
+    assert list(folder.iterdir()) == []
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
