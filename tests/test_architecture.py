@@ -25,18 +25,7 @@ PLUMBING = {
     "data": ["_nets", "_weights"],
     "detector": ["_stores"],
     "zoo": ["_catalogue", "_files", "_lock", "_store", "_unpack"],
-    "imaging": [
-        "_maxtree",
-        "_metrics_base",
-        "_metrics_iou",
-        "_metrics_rank",
-        "_metrics_resampling",
-        "_metrics_streaming",
-        "_metrics_variants",
-        "_nfa_block",
-        "_regions",
-        "_system",
-    ],
+    "imaging": ["_maxtree", "_nfa_block", "_regions", "_system"],
 }
 
 

@@ -1,0 +1,76 @@
+"""The long fault tests: `python -m pytest tests/extended`. Linux; some need root (they mount a small disk) and skip.
+
+Each test adds its counts to one table, printed at the end: kind of fault, how many tried, how many survived.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from children import Children
+from cli.conftest import write_part
+
+if sys.platform != "linux":
+    collect_ignore_glob = ["test_*"]
+
+COUNTS: dict[str, list[int]] = {}
+
+
+@pytest.fixture
+def count() -> Callable[[str, bool], None]:
+    """Call with a kind and whether it survived."""
+
+    def one(kind: str, survived: bool) -> None:
+        row = COUNTS.setdefault(kind, [0, 0])
+        row[0] += 1
+        row[1] += survived
+
+    return one
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if COUNTS:
+        terminalreporter.section("faults and inputs")
+        for kind, (tried, survived) in COUNTS.items():
+            terminalreporter.write_line(f"{kind:<60} {tried:>7} tried {survived:>7} survived")
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 good training images, 3 good and 3 defective test images with masks."""
+    root = tmp_path_factory.mktemp("data") / "parts"
+    rng = np.random.default_rng(0)
+    write_part(root / "train" / "good", 16, rng)
+    write_part(root / "test" / "good", 3, rng)
+    write_part(root / "test" / "spot", 3, rng, defect=True)
+    return root
+
+
+@pytest.fixture(scope="session")
+def run(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one fitted run."""
+    return tmp_path_factory.mktemp("runs") / "base"
+
+
+@pytest.fixture(scope="session")
+def children(parts: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Children]:
+    warm = tmp_path_factory.mktemp("warm")
+    commands = [
+        ["fit", parts, "-m", "padim", "--size", "64", "--out", run],
+        ["segment", parts, "--model", run, "--threshold", "1", "--out", warm / "segment"],
+        ["evaluate", parts, "--model", run, "--out", warm / "evaluate"],
+        ["export", run, "--format", "onnx", "--images", parts, "--out", warm / "onnx"],
+    ]
+    with Children([[*map(str, command), "-q"] for command in commands]) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def root_user() -> None:
+    if os.getuid() != 0:
+        pytest.skip("needs root")
