@@ -192,6 +192,12 @@ def _ordered(taps: Sequence[str], known: Sequence[str]) -> list[str]:
     return sorted(taps, key=list(known).index)
 
 
+def exporting() -> bool:
+    """Return whether a program is being recorded (TorchScript, ONNX, ``torch.export``) instead of run."""
+    recording = torch.onnx.is_in_onnx_export() or torch.compiler.is_compiling()
+    return recording or torch._C._get_tracing_state() is not None
+
+
 Cut = Callable[[Any, Sequence[str]], tuple[nn.Module, list[str]]]
 
 
@@ -258,7 +264,7 @@ class Pointwise(nn.Module):
         self.bias = conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.onnx.is_in_onnx_export() or torch.compiler.is_compiling():  # exports keep the plain operator
+        if exporting():  # exports keep the plain operator
             return F.conv2d(x, self.weight, self.bias)
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 

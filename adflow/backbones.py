@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adflow import _nets
+from adflow._clock import stage
 from adflow._weights import find_weights, load_strictly, read_weights, rename_lite
 from adflow.errors import InputError, UsageError, unknown
 from adflow.zoo import File, Source
@@ -120,7 +121,8 @@ class Backbone(nn.Module):
                 f"found {images.shape[2]}x{images.shape[3]}",
                 hint=f"Fit with --size {self.fixed_size[0]}x{self.fixed_size[1]}, or use --backbone lite0.",
             )
-        return self.features(images * self.scale + self.shift)
+        with stage("encoder"):
+            return self.features(images * self.scale + self.shift)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the maps of normalised ``images``; nets that prepare their input otherwise override this."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from adflow._clock import stage
 from adflow.errors import InputError, unknown
 from adflow.features import FeatureBank
 from adflow.imaging import Box, upsample
@@ -106,6 +107,8 @@ class Detector(nn.Module, ABC):
     Attributes:
         size: (height, width) of the network input, set by ``fit``.
         keep_aspect: whether images are letterboxed instead of stretched to ``size``.
+        at_once: images that :meth:`_score` may take together on a CPU; more than 1 only where an image's bits do not
+            depend on the others.
         calibration: what held-out good images taught about the scores, or None.
         provenance: where this detector comes from (data, seed, version, duration, ...).
     """
@@ -123,6 +126,7 @@ class Detector(nn.Module, ABC):
         self.backbone = backbone
         self.size: tuple[int, int] | None = None
         self.keep_aspect = False
+        self.at_once = 1
         self.calibration: Calibration | None = None
         self.provenance: dict[str, Any] = {}
 
@@ -181,7 +185,7 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def _score(self, images: Tensor, boxes: Sequence[Box] | None) -> Scores:
-        """Score [B, 3, H, W]; called image by image on a CPU."""
+        """Score [B, 3, H, W]; called with at most ``at_once`` images on a CPU."""
 
     def _energies(self, images: Tensor) -> list[Energy]:
         raise InputError(
@@ -193,8 +197,9 @@ class Detector(nn.Module, ABC):
     def score(self, images: Tensor, boxes: Sequence[Box] | None = None) -> Scores:
         """Score images; the score of an image depends on that image alone.
 
-        On a CPU images are scored one by one: convolution and matrix kernels may round differently for other batch
-        sizes, and a verdict must not depend on its neighbours. On a GPU the batch goes through at once.
+        On a CPU images are scored one by one, or as many as the method says it can take without that being seen:
+        convolution and matrix kernels may round differently for other batch sizes, and a verdict must not depend on
+        its neighbours. On a GPU the batch goes through at once.
 
         Args:
             images: [B, 3, H, W] float in [0, 1].
@@ -206,11 +211,12 @@ class Detector(nn.Module, ABC):
         images = images.to(self.device())
         if images.device.type != "cpu" or len(images) == 1:
             return self._score(images, boxes)
-        single = [
-            self._score(images[i : i + 1], None if boxes is None else boxes[i : i + 1])
-            for i in range(len(images))
+        step = self.at_once
+        parts = [
+            self._score(images[i : i + step], None if boxes is None else boxes[i : i + step])
+            for i in range(0, len(images), step)
         ]
-        return Scores(torch.cat([s.map for s in single]), torch.cat([s.image for s in single]))
+        return Scores(torch.cat([s.map for s in parts]), torch.cat([s.image for s in parts]))
 
     @torch.inference_mode()
     def energies(self, images: Tensor) -> list[Energy]:
@@ -406,9 +412,14 @@ class FeatureDetector(Detector):
         self.calibration = None
 
     def _score(self, images: Tensor, boxes: Sequence[Box] | None) -> Scores:
-        pyramid = self.backbone(images)
+        if images.device.type == "cpu" and len(images) > 1:
+            pyramids = [self.backbone(one) for one in torch.split(images, 1)]
+            pyramid = [torch.cat(levels) for levels in zip(*pyramids, strict=True)]
+        else:
+            pyramid = self.backbone(images)
         maps = self.score_maps(pyramid, (images.shape[2], images.shape[3]))
-        return Scores(maps, self.score_images(pyramid, maps, boxes))
+        with stage("image score"):
+            return Scores(maps, self.score_images(pyramid, maps, boxes))
 
     def _energies(self, images: Tensor) -> list[Energy]:
         return self.energy_features(self.backbone(images))

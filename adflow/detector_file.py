@@ -250,7 +250,10 @@ def _set_learned(detector: Detector, tensors: dict[str, Tensor]) -> None:
     places = detector.learned()
     if set(places) != set(tensors):
         missing, extra = sorted(set(places) - set(tensors)), sorted(set(tensors) - set(places))
-        raise DetectorFileError(f"learned tensors differ from the method's: missing {missing}, unknown {extra}")
+        raise DetectorFileError(
+            f"learned tensors differ from the method's: missing {missing}, unknown {extra}",
+            hint="Another version of adflow wrote it: fit again.",
+        )
     buffers = dict(detector.named_buffers())
     for name, value in tensors.items():
         owner_name, _, leaf = name.rpartition(".")

@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, TiffImagePlugin
 
+from adflow._clock import stage
 from adflow.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -84,7 +86,8 @@ def read_image(path: Path | str, at_least: Size | None = None, max_pixels: int =
         max_pixels: refuse larger images before decoding them (a small file can declare a huge picture).
 
     Returns:
-        [H, W, 3] uint8, or float32 in [0, 1] for images deeper than 8 bit.
+        [H, W, 3] uint8, or float32 in [0, 1] for images deeper than 8 bit. Of grey images the channels are one
+        plane seen three times, read-only: a third of the memory, and :func:`fit_to` resizes it once.
 
     Raises:
         InputError: missing, empty, truncated, too large, or not an image; the message names the file.
@@ -151,15 +154,19 @@ def fit_to(image: Array, size: Size, keep_aspect: bool = False) -> tuple[npt.NDA
     """
     box = fitted(image.shape[:2], size, keep_aspect)
     inner = (box.width, box.height)  # Pillow counts width first
+    grey = image.strides[2] == 0
     if image.dtype == np.uint8:
-        small = np.asarray(_resized(Image.fromarray(image), inner))
+        picture = Image.fromarray(image[..., 0] if grey else image)
+        small = np.asarray(_resized(picture, inner)).reshape(box.height, box.width, -1)
         planes = np.ascontiguousarray(small.transpose(2, 0, 1), dtype=np.float32)
         planes /= np.float32(255)
     else:
-        channels = [Image.fromarray(np.ascontiguousarray(image[..., c], dtype=np.float32)) for c in range(3)]
+        channels = [Image.fromarray(np.ascontiguousarray(image[..., c], dtype=np.float32)) for c in range(3 - 2 * grey)]
         planes = np.stack([np.asarray(_resized(c, inner)) for c in channels])
         planes = np.clip(planes, 0, 1, out=planes)
-    return np.ascontiguousarray(np.pad(planes, [(0, 0), *_borders(box, size)], mode="edge")), box
+    if (box.height, box.width) != tuple(size):
+        planes = np.pad(planes, [(0, 0), *_borders(box, size)], mode="edge")
+    return np.ascontiguousarray(np.broadcast_to(planes, (3, *size))), box
 
 
 def _resized(image: Image.Image, size: Size) -> Image.Image:
@@ -244,20 +251,18 @@ def upsample(maps: Tensor, size: Size, sigma: float, matrices: tuple[Tensor, Ten
     """
     import torch
 
-    if maps.dtype != torch.float64:
-        maps = maps.float()
-    if matrices is None:
-        matrices = upsample_matrices((maps.shape[-2], maps.shape[-1]), size, sigma, like=maps)
-    rows, columns = (matrix.to(maps) for matrix in matrices)
-    exporting = (
-        torch._C._get_tracing_state() is not None
-        or torch.compiler.is_compiling()
-        or torch.onnx.is_in_onnx_export()
-    )
-    if exporting or maps.device.type != "cpu" or not len(maps):
-        return torch.matmul(torch.matmul(rows, maps), columns.mT)
-    # A fresh copy starts on an allocator boundary: matrix kernels may choose their path by the address.
-    return torch.stack([rows @ one.clone(memory_format=torch.contiguous_format) @ columns.mT for one in maps])
+    from adflow._nets import exporting
+
+    with stage("upsample"):
+        if maps.dtype != torch.float64:
+            maps = maps.float()
+        if matrices is None:
+            matrices = upsample_matrices((maps.shape[-2], maps.shape[-1]), size, sigma, like=maps)
+        rows, columns = (matrix.to(maps) for matrix in matrices)
+        if exporting() or maps.device.type != "cpu" or not len(maps):
+            return torch.matmul(torch.matmul(rows, maps), columns.mT)
+        # A fresh copy starts on an allocator boundary: matrix kernels may choose their path by the address.
+        return torch.stack([rows @ one.clone(memory_format=torch.contiguous_format) @ columns.mT for one in maps])
 
 
 def upsample_matrices(
@@ -266,10 +271,7 @@ def upsample_matrices(
     """Return R [H, h] and C [W, w] of :func:`upsample`, on the device and in the type of ``like``."""
     import torch
 
-    pair = [
-        torch.from_numpy(_smooth(int(to), sigma) @ _enlarge(int(have), int(to)))
-        for have, to in zip(grid, size, strict=True)
-    ]
+    pair = [torch.from_numpy(_way(int(have), int(to), sigma)) for have, to in zip(grid, size, strict=True)]
     rows, columns = (matrix.float() if like is None else matrix.to(like) for matrix in pair)
     return rows, columns
 
@@ -341,12 +343,16 @@ def _two_colours(path: Path, image: Image.Image) -> Image.Image:
 def _rgb(image: Image.Image) -> Array:
     """Return [H, W, 3] uint8, or float32 in [0, 1] for deep grey images."""
     if image.mode.startswith("I") or image.mode == "F":
-        grey = _deep(image)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        return _thrice(_deep(image))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return np.array(image.convert("RGB"))
+    return _thrice(np.array(image)) if image.mode == "L" else np.array(image.convert("RGB"))
+
+
+def _thrice(grey: Array) -> Array:
+    """Return [H, W] as [H, W, 3] without copying it; stride 0 is how :func:`fit_to` knows grey."""
+    return np.broadcast_to(grey[:, :, None], (*grey.shape, 3))
 
 
 def _deep(image: Image.Image) -> npt.NDArray[np.float32]:
@@ -396,6 +402,12 @@ def _npy_mask(path: Path, index: int | None) -> npt.NDArray[np.bool_]:
 
 def _borders(box: Box, size: Size) -> list[tuple[int, int]]:
     return [(box.top, size[0] - box.top - box.height), (box.left, size[1] - box.left - box.width)]
+
+
+@lru_cache(maxsize=16)
+def _way(have: int, to: int, sigma: float) -> npt.NDArray[np.float64]:
+    """Return enlarging and smoothing as one matrix [to, have]; kept, because every image takes the same."""
+    return _smooth(to, sigma) @ _enlarge(have, to)
 
 
 def _enlarge(have: int, to: int) -> npt.NDArray[np.float64]:

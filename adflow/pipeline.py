@@ -1,7 +1,8 @@
 """Score many images from files: decode, fit to the input size, score, and what the caller does with each result.
 
-On a CPU every worker takes one image through all stages with one thread. That keeps an image in one core's cache,
-needs no synchronisation inside a layer, and makes the score of an image the same bits whatever runs beside it.
+On a CPU every worker takes an image through all stages with one thread. That keeps an image in one core's cache,
+needs no synchronisation inside a layer, and makes the score of an image the same bits whatever runs beside it. Where
+the method allows it (``Detector.at_once``) a worker takes a few images, which share what is read from memory.
 On a GPU workers decode and finish, and batches go through the device in between.
 Memory is bounded: at most a few images per worker are under way, whatever the length of the list.
 """
@@ -10,21 +11,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from adflow._clock import counting
 from adflow._system import cores
 from adflow.data import Sample
 from adflow.detector import Detector
 from adflow.errors import InputError
 from adflow.features import one_thread
 from adflow.imaging import Box, fit_to, read_image
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -37,7 +41,8 @@ class Scored:
         image: image score, higher = more anomalous.
         original: (height, width) of the file's image.
         picture: [H, W, 3] uint8 or float32 as read, when the caller asked to keep it.
-        seconds: time per stage: "decode", "resize", "score" and what the caller adds.
+        seconds: time per stage: "decode", "resize", on a CPU "encoder", "method", "upsample" and "image score", else
+            "score", and "after".
         result: what ``after`` returned.
         error: why this image could not be scored, or None; then the arrays are empty.
     """
@@ -87,8 +92,14 @@ def run(
     count = workers or default_workers()
     source = iter(samples)
     if detector.device().type == "cpu":
+        # Pictures that are kept take memory, and a short list must reach every worker.
+        each = 1 if keep_picture else detector.at_once
+        if isinstance(samples, Sized):
+            each = max(1, min(each, len(samples) // count))
+        groups = iter(lambda: list(islice(source, each)), [])
         with one_thread(), ThreadPoolExecutor(count, "adflow-score") as pool:
-            yield from _ordered(pool, work.whole, source, ahead=2 * count)
+            for done in _ordered(pool, work.whole, groups, ahead=2 * count):
+                yield from done
     else:
         with ThreadPoolExecutor(count, "adflow-score") as pool:
             read = _ordered(pool, work.read, source, ahead=2 * batch_size + count)
@@ -97,11 +108,9 @@ def run(
                 yield from _ordered(pool, work.finish, iter(group), ahead=2 * count)
 
 
-def _ordered(
-    pool: ThreadPoolExecutor, task: Callable[[Any], Scored], source: Iterator[Any], ahead: int
-) -> Iterator[Scored]:
+def _ordered(pool: ThreadPoolExecutor, task: Callable[[Any], T], source: Iterator[Any], ahead: int) -> Iterator[T]:
     """Run ``task`` on every item with at most ``ahead`` under way; yield results in the source's order."""
-    waiting: deque[Future[Scored]] = deque(pool.submit(task, item) for item in islice(source, ahead))
+    waiting: deque[Future[T]] = deque(pool.submit(task, item) for item in islice(source, ahead))
     try:
         while waiting:
             done = waiting.popleft().result()
@@ -130,15 +139,19 @@ class _Work:
         self.keep_picture, self.keep_map, self.strict = keep_picture, keep_map, strict
         self.inputs: dict[int, tuple[np.ndarray, Box]] = {}
 
-    def whole(self, sample: Sample) -> Scored:
-        scored = self.read(sample)
-        if scored.error is None:
-            array, box = self.inputs.pop(id(scored))
-            began = time.perf_counter()
-            scores = self.detector.score(torch.from_numpy(array)[None], [box])
-            self._take(scored, scores.map[0].numpy(), float(scores.image[0]), box)
-            scored.seconds["score"] = time.perf_counter() - began
-        return self.finish(scored)
+    def whole(self, samples: list[Sample]) -> list[Scored]:
+        group = [self.read(sample) for sample in samples]
+        good = [scored for scored in group if scored.error is None]
+        if good:
+            taken = [self.inputs.pop(id(scored)) for scored in good]
+            images = torch.from_numpy(np.stack([array for array, _ in taken]))
+            with counting("method") as seconds:
+                scores = self.detector.score(images, [box for _, box in taken])
+            maps, values = scores.map.numpy(), scores.image.tolist()
+            for scored, score_map, value, (_, box) in zip(good, maps, values, taken, strict=True):
+                self._take(scored, score_map, value, box)
+                scored.seconds |= {name: took / len(good) for name, took in seconds.items()}
+        return [self.finish(scored) for scored in group]
 
     def read(self, sample: Sample) -> Scored:
         scored = Scored(sample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator
@@ -44,6 +45,15 @@ def first_layer(rows: Rows, context: int, shrinkage: float = 0.3) -> ContextWhit
     return layer
 
 
+def triangle(layer: ContextWhitening) -> Tensor:
+    """The factors [P, C, C], put together again."""
+    whole = torch.zeros(len(layer.mean), len(layer.world), len(layer.world), dtype=layer.world.dtype)
+    for name, start in zip(("factor0", "factor1", "factor2", "factor3"), layer.edges[:-1], strict=True):
+        block = layer.get_buffer(name)
+        whole[:, : block.shape[1], start : start + block.shape[2]] = block
+    return whole
+
+
 # --- first layer ---------------------------------------------------------------------------------------------
 
 
@@ -54,10 +64,33 @@ def test_first_layer_log_determinant_is_that_of_its_map() -> None:
     # The context is a condition: held fixed, it does not count in the determinant.
     z = layer(x)
     for position in (0, 7):
-        expected = torch.linalg.slogdet(layer.factor[position])[1]
-        # logdet and factor are rounded to float32 independently of each other
+        expected = torch.linalg.slogdet(layer.world @ triangle(layer)[position])[1]
+        # logdet and factors are rounded to float32 independently of each other
         torch.testing.assert_close(layer.logdet[position], expected, rtol=0, atol=1e-5)
     assert z.shape == (1, 12, 5)
+
+
+def test_first_layer_equals_its_formula_in_float64() -> None:
+    rows = Rows(channels=11)
+    layer = first_layer(rows, context=3)
+    x = rows.x[:5]
+    z = layer(x)
+    exact = copy.deepcopy(layer).double()
+    u = exact.describe(x.double())
+    assert torch.equal(triangle(exact).tril(-1), torch.zeros_like(triangle(exact)))
+    y = (x.double().flatten(2).transpose(1, 2) - exact.mean) @ exact.world
+    expected = torch.einsum("npc,pcd->npd", y, triangle(exact)) - (u @ exact.slope).reshape(5, 12, 11)
+    # float32 sums of 11 terms, of values up to about 10
+    torch.testing.assert_close(z.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_first_layer_gives_an_image_the_same_bits_in_any_company() -> None:
+    rows = Rows(count=40, channels=52, grid=(5, 7))
+    layer = first_layer(rows, context=6)
+    together = layer(rows.x[:19])  # two full groups and a part
+    for i in range(19):
+        assert torch.equal(layer(rows.x[i : i + 1])[0], together[i])
+    assert torch.equal(layer(rows.x[:19].flip(0)).flip(0), together)
 
 
 def test_without_context_it_is_the_gaussian_of_the_position() -> None:

@@ -131,6 +131,20 @@ def test_cmyk_jpeg(tmp_path: Path) -> None:
     assert np.abs(image.astype(int) - [255, 0, 0]).max() <= 4
 
 
+@pytest.mark.parametrize("keep_aspect", [False, True])
+@pytest.mark.parametrize("values", [np.uint8(255), np.uint16(65535)])
+def test_grey_is_resized_once_to_the_bits_of_three_channels(
+    tmp_path: Path, values: np.integer, keep_aspect: bool
+) -> None:
+    plane = (scene(37, 53)[..., 0] / 255 * values).astype(values.dtype)
+    image = read_image(save(tmp_path / "a.png", Image.fromarray(plane)))
+    assert image.strides[2] == 0 and not image.flags.writeable
+    array, box = fit_to(image, (32, 48), keep_aspect)
+    expected, same = fit_to(np.array(image, order="C"), (32, 48), keep_aspect)
+    assert box == same and np.array_equal(array, expected)
+    assert array.flags.c_contiguous and array.flags.writeable
+
+
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_sixteen_bits_keep_their_depth_on_one_scale(tmp_path: Path, suffix: str) -> None:
     values = (np.arange(24 * 40).reshape(24, 40) * 68).astype(np.uint16)

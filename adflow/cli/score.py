@@ -56,11 +56,23 @@ def score(
     else:
         talk.warn("this detector is not calibrated: scores only, no verdict. Run `adflow calibrate`.")
     if profile:
-        total = sum(result["seconds"].values()) or 1.0
-        for stage, took in result["seconds"].items():
-            talk.say(f"{stage:>8}  {took / len(samples) * 1e3:8.2f} ms per image  {took / total:6.1%}")
+        for line in _profile(result["profile"]):
+            talk.say(line)
     talk.say(f"written: {folder}/scores.csv, {folder}/scores.jsonl")
     talk.next(f"adflow segment {paths[0]}")
+
+
+def _profile(profile: dict[str, Any]) -> list[str]:
+    """Return the lines that say where the time went; shares are of the workers' time together."""
+    images, stages = max(1, profile["images"]), profile["stages"]
+    total = sum(stages.values()) or 1.0
+    return [
+        f"{'stage':<12}{'ms per image':>13}{'share':>8}",
+        *(f"{name:<12}{took / images * 1e3:>13.2f}{took / total:>8.1%}" for name, took in stages.items()),
+        f"{'together':<12}{total / images * 1e3:>13.2f}{1:>8.1%}",
+        f"{images / (profile['seconds'] or 1.0):.1f} images/s: {images} images in {profile['seconds']:.2f} s "
+        f"by {profile['workers']} workers",
+    ]
 
 
 def _table(result: dict[str, Any], top: int) -> Any:

@@ -10,16 +10,22 @@ and ``z`` with its log-determinant is one conditional affine layer of a normaliz
 normal where the image is. A defect is small: it moves u little, and cannot explain itself away.
 
 Everything is a streamed sum; no gradient, no randomness.
+
+Scoring is bound by memory: a matrix a position is tens of megabytes, read for every image. Therefore the whitening that
+all positions share comes first, as one small matrix; what is left to a position is triangular, and its blocks above
+the diagonal are neither stored nor read; and images that are there together share one reading.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adflow._nets import exporting
 from adflow.errors import InputError
 from adflow.methods._whiten import Moments, inverse_factor, whitening
 
@@ -30,6 +36,10 @@ _BASIS_ROWS = 1024  # images the context's principal components are taken from
 _CELLS = 8  # the context sees the image on at most 8 x 8 cells
 # Images that pull every slope towards 0: a ridge in the units of the standardised context.
 _SLOPE_PRIOR = 10.0
+# Images per reading of the factors. Fewer are filled up with zeros: products of one shape give an image the same bits
+# whatever is beside it.
+TOGETHER = 8
+_BLOCKS = 4  # columns of blocks a triangle is cut into: 62 % of the square are read; more blocks cost more calls
 _FLOOR = 0.02  # weight of the identity, the covariance of all patches, in what positions share
 
 
@@ -45,14 +55,16 @@ class ContextWhitening(nn.Module):
 
     Attributes:
         mean: [P, C], c_p.
-        factor: [P, C, C]: z = (x - mean) @ factor - u @ slope, rows as vectors: read once, in memory order.
+        world: [C, C], whitens the patches of all positions: y = (x - mean) @ world, rows as vectors.
+        factor0, factor1, ...: [P, end, width] each, the blocks of columns of an upper triangular matrix
+            [P, C, C] down to its diagonal: z = y @ triangle - u @ slope.
         slope: [K, P * C].
         logdet: [P], log |det dz/dx| at each position.
         centre, basis: [D] and [D, K]: context u = (pooled features - centre) @ basis.
     """
 
     mean: Tensor
-    factor: Tensor
+    world: Tensor
     slope: Tensor
     logdet: Tensor
     centre: Tensor
@@ -66,12 +78,22 @@ class ContextWhitening(nn.Module):
         cells = min(_CELLS, grid[0]) * min(_CELLS, grid[1])
         self.grid = grid
         self.context, self.shrinkage, self.ridge = context, shrinkage, ridge
+        self.edges = [channels * k // _BLOCKS for k in range(_BLOCKS + 1)]
         self.register_buffer("mean", torch.zeros(positions, channels))
-        self.register_buffer("factor", torch.eye(channels).repeat(positions, 1, 1))
+        self.register_buffer("world", torch.eye(channels))
+        for name, block in zip(self._names(), self._cut(torch.eye(channels)), strict=True):
+            self.register_buffer(name, block.repeat(positions, 1, 1))
         self.register_buffer("slope", torch.zeros(context, positions * channels))
         self.register_buffer("logdet", torch.zeros(positions))
         self.register_buffer("centre", torch.zeros(channels * cells))
         self.register_buffer("basis", torch.zeros(channels * cells, context))
+
+    def _names(self) -> list[str]:
+        return [f"factor{k}" for k in range(_BLOCKS)]
+
+    def _cut(self, triangle: Tensor) -> list[Tensor]:
+        """Return the blocks of columns of upper triangular matrices [..., C, C], each down to its diagonal."""
+        return [triangle[..., :end, start:end] for start, end in pairwise(self.edges)]
 
     def pooled(self, features: Tensor) -> Tensor:
         """Return the features of [B, C, h, w] on at most 8 x 8 cells, flat: [B, D]."""
@@ -83,12 +105,22 @@ class ContextWhitening(nn.Module):
         return (self.pooled(features) - self.centre) @ self.basis
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return z [B, P, C] of features [B, C, h, w]."""
-        centred = features.flatten(2).permute(2, 0, 1) - self.mean.unsqueeze(1)  # [P, B, C]
-        z: Tensor = torch.bmm(centred, self.factor).transpose(0, 1)
+        """Return z [B, P, C] of features [B, C, h, w]; on a CPU the bits of an image do not depend on the others."""
+        if exporting() or features.device.type != "cpu":
+            return self._together(features, 0)
+        parts = torch.split(features, TOGETHER)
+        return torch.cat([self._together(part, TOGETHER - len(part)) for part in parts])
+
+    def _together(self, features: Tensor, missing: int) -> Tensor:
+        """Return z [B, P, C] of images that share one reading, computed as if ``missing`` more were with them."""
+        y = torch.stack([(one.flatten(1).T - self.mean) @ self.world for one in features], 1)  # [P, B, C]
+        y = F.pad(y, (0, 0, 0, missing))
+        blocks = [self.get_buffer(name) for name in self._names()]
+        z = torch.cat([torch.bmm(y[..., : block.shape[1]], block) for block in blocks], 2).transpose(0, 1)
         if self.context:
-            z = z - (self.describe(features) @ self.slope).reshape(-1, *self.mean.shape)
-        return z
+            context = F.pad(self.pooled(features) - self.centre, (0, 0, 0, missing)) @ self.basis
+            z = z - (context @ self.slope).reshape(-1, *self.mean.shape)
+        return z[: len(features)].contiguous()
 
     def learn(self, rows: Rows, which: Sequence[int]) -> None:
         """Take mean, slopes and covariances from the images ``which``; ``rows`` gives features [n, C, h, w].
@@ -171,7 +203,9 @@ class ContextWhitening(nn.Module):
         )
         back = torch.linalg.inv(matrix)
         self.mean.copy_(world + centre @ back)
-        self.factor.copy_((factor @ matrix.T).transpose(1, 2))
+        self.world.copy_(matrix)
+        for name, block in zip(self._names(), self._cut(factor.transpose(1, 2)), strict=True):
+            self.get_buffer(name).copy_(block)
         self.slope.copy_((factor @ slope).flatten(0, 1).T)
         self.logdet.copy_(torch.linalg.slogdet(matrix)[1] - 0.5 * log_det)
 

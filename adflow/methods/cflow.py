@@ -55,7 +55,7 @@ from adflow.methods._cflow_paper import (
     probability_map,
     turned,
 )
-from adflow.methods._context import ContextWhitening
+from adflow.methods._context import TOGETHER, ContextWhitening
 from adflow.methods._memory import common_grid, concatenate
 from adflow.methods._train import one_cycle, train
 from adflow.methods._whiten import chi_square_fit
@@ -224,6 +224,8 @@ class CFlow(FeatureDetector):
         self.normaliser = normaliser
         self.rotate = rotate
         self.views = views
+        # Everything after the first layer goes image by image.
+        self.at_once = TOGETHER if joint and whiten == "context" and normaliser == "none" else 1
 
     @classmethod
     def recipe_for(cls, recipe: str, class_: str | None = None) -> dict[str, Any]:
@@ -484,6 +486,7 @@ class CFlow(FeatureDetector):
         start = layer.logdet if isinstance(layer, ContextWhitening) else z.new_zeros(z.shape[1])
         found = []
         for one in z:
+            one = one.clone()  # on an allocator boundary: matrix kernels may choose their path by the address
             latent, logdet = self._chain(head)(one) if self.blocks else (one, torch.zeros_like(start))
             found.append((log_likelihood(latent, logdet + start) / z.shape[2], latent.square().sum(1)))
         return torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from adflow._files import make_folder, write_text
 from adflow._grid import frame_to_csv
 from adflow.data import Sample
 from adflow.detector import Detector, Progress
-from adflow.pipeline import Scored, run
+from adflow.pipeline import Scored, default_workers, run
 
 # Images flagged by chance when the user names no rate: the smallest of these that the held-out images can carry.
 DEFAULT_RATES = (0.01, 0.05, 0.1)
@@ -62,8 +63,10 @@ def score(
         progress: called with (done, total, message).
 
     Returns:
-        {"rows": [{"image", "score", "p_value", "verdict", "error"}], "rate", "drift", "seconds"}.
+        {"rows": [{"image", "score", "p_value", "verdict", "error"}], "rate", "drift", "profile": {"images", "workers",
+        "seconds", "stages"}}: seconds on the clock, and of all workers together in each stage.
     """
+    began = time.perf_counter()
     limit = verdict_rate(detector, rate)
     rows: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
@@ -76,8 +79,16 @@ def score(
     values = np.array([row["score"] for row in rows if row["error"] is None])
     drift = detector.calibration.drift(values) if detector.calibration is not None and len(values) else None
     if out is not None:
+        writing = time.perf_counter()
         write_rows(rows, make_folder(out), "scores")
-    return {"rows": rows, "rate": limit, "drift": drift, "seconds": {k: round(v, 4) for k, v in seconds.items()}}
+        seconds["write"] = time.perf_counter() - writing
+    profile = {
+        "images": len(rows),
+        "workers": workers or default_workers(),
+        "seconds": round(time.perf_counter() - began, 4),
+        "stages": {name: round(took, 4) for name, took in seconds.items()},
+    }
+    return {"rows": rows, "rate": limit, "drift": drift, "profile": profile}
 
 
 def row_of(scored: Scored, detector: Detector, limit: float | None) -> dict[str, Any]:
