@@ -88,6 +88,7 @@ class Resources:
         memory: bytes the feature bank may hold in RAM before it moves to a file.
         folder: where that file goes; None = the system's temporary folder.
         dtype: storage type of features: "float32" (exact), "float16" or "bfloat16".
+        workers: images that pass the backbone at once on a CPU; None = the cores, at most 8.
         checkpoint: file for the state of an interrupted fit, or None.
         bank: the features of the very images that are fitted on, where they have been extracted before.
     """
@@ -95,6 +96,7 @@ class Resources:
     memory: int = 4 << 30
     folder: Path | None = None
     dtype: str = "float32"
+    workers: int | None = None
     checkpoint: Path | None = None
     bank: FeatureBank | None = None
 
@@ -367,6 +369,7 @@ class FeatureDetector(Detector):
             memory=resources.memory,
             folder=resources.folder,
             dtype=resources.dtype,
+            workers=resources.workers,
             progress=progress,
         ) as bank:
             return self.fit_bank(bank, seed=seed, progress=progress, checkpoint=resources.checkpoint)

@@ -18,11 +18,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from adflow import _ranks
 from adflow._files import make_folder
 from adflow._stores import DiskStore, RamStore, Store, SubsetStore
 from adflow._system import cores, free_memory
@@ -32,6 +33,7 @@ from adflow.errors import InputError, ResourceError, UsageError, unknown
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _GIB = 1 << 30
 _GPU_BATCH = 16  # images per pass on a GPU
+_EXCHANGED = 16  # images a process takes before features are exchanged, where several fit one detector
 
 Progress = Callable[[int, int, str], None]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -46,6 +48,21 @@ class ImageSource(Protocol):
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """Yield float32 tensors [B, 3, H, W] in [0, 1]."""
+        ...
+
+
+@runtime_checkable
+class Divisible(ImageSource, Protocol):
+    """Images that several processes can divide among themselves."""
+
+    skipped: list[tuple[Path, str]]
+
+    def part(self, start: int, stop: int) -> ImageSource:
+        """Return the images at places ``start`` to ``stop``, those that are there."""
+        ...
+
+    def leave_out(self, skipped: Sequence[tuple[Path, str]]) -> None:
+        """Take over what other processes could not read."""
         ...
 
 
@@ -119,7 +136,7 @@ class FeatureBank:
         stores: list[Store] = []
         size, note, on_disk, done = (0, 0), "", False, 0
         try:
-            for row, (seen, pyramid) in enumerate(extraction.run(images)):
+            for row, (seen, pyramid) in enumerate(extraction.together(images)):
                 if not stores:
                     size = seen
                     stores, note, on_disk = _plan(pyramid, rows, memory, folder, DTYPES[dtype])
@@ -287,6 +304,19 @@ class _Extraction:
         self.augment, self.generator, self.views = augment, generator, views
         self.device = next(backbone.buffers()).device
         self.workers = workers or min(cores(), 8)
+
+    def together(self, images: ImageSource) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
+        """As :meth:`run`; of several processes each takes some images, and all get all rows."""
+        world, rank = _ranks.world(), _ranks.rank()
+        if world == 1 or self.augment is not None or not isinstance(images, Divisible):
+            yield from self.run(images)
+            return
+        for start in range(0, len(images), _EXCHANGED * world):
+            mine = images.part(start + rank * _EXCHANGED, start + (rank + 1) * _EXCHANGED)
+            rows = list(self.run(mine)) if len(mine) else []
+            sizes = [size for size in _ranks.gathered([size for size, _ in rows]) for size in size]
+            yield from zip(sizes, _ranks.all_rows([row for _, row in rows]), strict=True)
+        images.leave_out([path for part in _ranks.gathered(images.skipped) for path in part])
 
     def run(self, images: ImageSource) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
         if self.device.type != "cpu":

@@ -20,6 +20,8 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from adflow._clock import stage
+from adflow._video import is_frame
+from adflow._video import read as read_frame
 from adflow.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -81,7 +83,8 @@ def read_image(path: Path | str, at_least: Size | None = None, max_pixels: int =
     [0, 1]. Colour images with 16 bits a channel are read at 8 bits.
 
     Args:
-        path: the file; PNG, JPEG, BMP, TIFF, WEBP, GIF, PPM or JPEG 2000, told by content, not by suffix.
+        path: the file; PNG, JPEG, BMP, TIFF, WEBP, GIF, PPM or JPEG 2000, told by content, not by suffix; or a
+            frame of a video (see :mod:`adflow._video`).
         at_least: when given, a JPEG may be decoded at 1/2, 1/4 or 1/8 as long as it keeps at least this size.
         max_pixels: refuse larger images before decoding them (a small file can declare a huge picture).
 
@@ -92,7 +95,10 @@ def read_image(path: Path | str, at_least: Size | None = None, max_pixels: int =
     Raises:
         InputError: missing, empty, truncated, too large, or not an image; the message names the file.
     """
-    return _decode(Path(path), _rgb, at_least, max_pixels)
+    path = Path(path)
+    if is_frame(path):
+        return read_frame(path)
+    return _decode(path, _rgb, at_least, max_pixels)
 
 
 def read_mask(

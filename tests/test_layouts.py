@@ -13,6 +13,7 @@ import pytest
 from miniatures import make_btad, make_lgg, make_mvtec, make_stc
 from PIL import Image
 
+from adflow.cli._inputs import gather
 from adflow.data import Dataset, Images, btad, lgg_mri, mvtec, open_data, stc
 from adflow.errors import InputError, UnavailableError
 from adflow.imaging import read_image, read_mask
@@ -176,7 +177,8 @@ def test_many_frames_index_fast_and_small(tmp_path: Path) -> None:
     assert kept < 12 * len(train)  # bytes; 5 a frame are stored, a Sample would take 500
 
 
-def test_videos_must_be_decoded_first_and_are_told_so(tmp_path: Path) -> None:
+def test_videos_need_pyav_and_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stc, "find_spec", lambda name: None)
     make_stc(tmp_path)
     (tmp_path / "training" / "videos").mkdir()
     (tmp_path / "training" / "videos" / "01_099.avi").touch()
@@ -197,11 +199,29 @@ def test_videos_are_decoded_as_a_stream(tmp_path: Path) -> None:
     assert facts == {"video": "01_001.avi", "frames": 3, "stride": 3, "quality": 90}
     assert stc.read(tmp_path, "01").notes == ["training frames: every 3. frame, JPEG quality 90"]
     # Frame 3 of the video, not a neighbour: MJPEG and JPEG lose a little, neighbours differ by 40 and more.
-    with pytest.raises(UnavailableError, match="scene 02"):
-        stc.read(tmp_path, "02")
+    assert stc.read(tmp_path, "02").notes == ["training frames: every frame, decoded when it is read"]
     assert stc.prepare(tmp_path) == ["2 training videos decoded, every frame, JPEG quality 80"]
     assert len(stc.read(tmp_path, "02").train) == 14
     assert not (tmp_path / "training" / "frames" / "13_001").exists()
+
+
+def test_frames_of_videos_are_images_wherever_images_are(tmp_path: Path) -> None:
+    """Read by threads and with a stride, in and out of order: frame 11 is frame 11."""
+    pytest.importorskip("av", reason="PyAV (extra `video`) is not installed")
+    make_stc(tmp_path, frames=40, videos=True)
+    train = stc.read(tmp_path, "02").train
+    video = tmp_path / "training" / "videos" / "02_001.avi"
+    assert len(train) == 80 and train[11].image == video / "00000011" and not train[11].image.exists()
+    stc.decode(tmp_path, scenes=["02"], quality=95)
+    files = [read_image(tmp_path / "training" / "frames" / "02_001" / f"{i:08d}.jpg").astype(int) for i in range(40)]
+    for source in (train[:40:7], [train[i] for i in (30, 11, 35, 0)]):
+        for frame in Images(source, (48, 86), workers=3).frames():
+            far = [np.abs(frame.array.transpose(1, 2, 0) * 255 - file).mean() for file in files]
+            assert int(np.argmin(far)) == int(frame.path.name), frame.path
+    with pytest.raises(InputError, match="it ends before"):
+        read_image(video / "00000040")
+    assert [s.image.name for s in gather([str(video)], None, stride=9)] == [f"{i:08d}" for i in range(0, 40, 9)]
+    assert len(gather([str(video.parent)], None)) == 6 * 40  # a folder of videos: scenes 01, 02, 13, two each
 
 
 def test_a_broken_video_is_named_and_leaves_nothing(tmp_path: Path) -> None:

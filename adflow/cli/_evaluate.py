@@ -12,13 +12,15 @@ from rich.console import Group
 
 from adflow import published, report
 from adflow.cli._console import Talk
-from adflow.data import Dataset, open_data
+from adflow.cli._inputs import open_strided
+from adflow.data import Dataset
 from adflow.errors import GateError, PartialError, UsageError
 from adflow.report import METRICS, Gridded
 from adflow.runs import find_detector, run_for, runs_folder
 from adflow.tasks._cells import Job, Measuring, plan_fits, plan_model, read_cells, unique
 from adflow.tasks._difference import Differences, difference
 from adflow.tasks._publish import cell_name
+from adflow.tasks._ray import Cluster
 from adflow.tasks.evaluate import Done, Outcome
 from adflow.tasks.evaluate import evaluate as run_evaluate
 from adflow.tasks.fit import FitOptions
@@ -93,12 +95,11 @@ def two_evaluations(sides: Sequence[Side], talk: Talk, fail: bool) -> None:
             raise GateError("; ".join(missed))
 
 
-def classes(specs: Sequence[str], root: Path | None, talk: Talk) -> list[Dataset]:
+def classes(specs: Sequence[str], root: Path | None, talk: Talk, stride: int = 1) -> list[Dataset]:
     """Return the classes that were named, each once."""
     found: dict[Path, Dataset] = {}
-    for spec in specs:
-        for one in open_data(spec, root=root):
-            found.setdefault(one.root / one.class_, one)
+    for one in open_strided(list(specs), root, stride):
+        found.setdefault(one.root / one.class_, one)
     for one in found.values():
         for note in one.notes:
             talk.detail(f"{one.name}: {note}")
@@ -171,6 +172,7 @@ def compute(
     keep: Path | None,
     typed: str,
     talk: Talk,
+    cluster: Cluster | None = None,
 ) -> Outcome:
     """Compute the cells, telling of each."""
     for note in dict.fromkeys(job.note for job in jobs if job.note):
@@ -201,6 +203,7 @@ def compute(
             measuring,
             folder,
             processes=processes,
+            cluster=cluster,
             fresh=fresh,
             keep=keep,
             command=typed,

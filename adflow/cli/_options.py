@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adflow.errors import UsageError
+from adflow.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from adflow.tasks._ray import Cluster
 
 Data = Annotated[
     list[str],
@@ -47,6 +50,14 @@ Runs = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder to write to.", show_default=False)]
 Workers = Annotated[int | None, typer.Option(help="Images at once; default: the cores.", show_default=False, min=1)]
+Stride = Annotated[int, typer.Option(help="Take every n-th image of a data set or frame of a video.", min=1)]
+Executor = Annotated[
+    str, typer.Option(help="local, or ray: on a cluster, with the same results; --workers then is CPUs a task.")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="Head of the Ray cluster; default: RAY_ADDRESS, else this machine alone.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors on stderr.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")]
@@ -81,6 +92,20 @@ def settings(pairs: list[str] | None) -> dict[str, Any]:
         except yaml.YAMLError:
             found[name.strip()] = value
     return found
+
+
+def cluster(executor: str, address: str | None, workers: int | None, device: str) -> Cluster | None:
+    """Return the connection that ``--executor`` asks for; None = here."""
+    if executor not in ("local", "ray"):
+        raise unknown("executor", executor, ["local", "ray"])
+    if executor == "local":
+        if address is not None:
+            raise UsageError("--ray-address goes with --executor ray")
+        return None
+    from adflow.tasks._device import choose_device
+    from adflow.tasks._ray import connect
+
+    return connect(address, cpus=workers or 1, gpus=1 if choose_device(device).type == "cuda" else 0)
 
 
 def names(text: str | None) -> tuple[str, ...] | None:

@@ -130,6 +130,9 @@ def evaluate(
     device: o.Device = "auto",
     precision: o.Precision = "float32",
     workers: o.Workers = None,
+    stride: o.Stride = 1,
+    executor: o.Executor = "local",
+    ray_address: o.RayAddress = None,
     strict: o.Strict = False,
     data_root: o.DataRoot = None,
     runs: o.Runs = None,
@@ -185,7 +188,7 @@ def evaluate(
         size=o.size(size), keep_aspect=keep_aspect, holdout=holdout, folds=folds, device=device, strict=strict,
     )  # fmt: skip
     options = replace(options, resources=replace(options.resources, memory=o.bytes_of(feature_memory) // jobs))
-    classes = steps.classes(data, data_root, talk)
+    classes = steps.classes(data, data_root, talk, stride)
     where = steps.Where(device, precision, weights, runs)
     if method is None:
         planned = steps.models(classes, model, measuring, where, talk)
@@ -194,8 +197,9 @@ def evaluate(
     folder = out or steps.runs_of(runs) / folder_name([one.name for one in classes], options, measuring)
     command = steps.command()
     kept = steps.runs_of(runs) if keep else None
+    cluster = o.cluster(executor, ray_address, workers, device)
     with claim(folder, "cells", "overlays"):
-        outcome = steps.compute(planned, measuring, folder, jobs, fresh, kept, command, talk)
+        outcome = steps.compute(planned, measuring, folder, jobs, fresh, kept, command, talk, cluster)
         if ci:
             for cell, row in steps.rows_of(outcome):
                 row.update(intervals(cell))

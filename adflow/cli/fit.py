@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +33,10 @@ def fit(
         str | None, typer.Option(help="Limit the fit must keep, such as 2GiB.", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed fit stopped.")] = False,
+    workers: o.Workers = None,
+    stride: o.Stride = 1,
+    executor: o.Executor = "local",
+    ray_address: o.RayAddress = None,
     strict: o.Strict = False,
     data_root: o.DataRoot = None,
     runs: o.Runs = None,
@@ -41,15 +46,17 @@ def fit(
     verbose: o.Verbose = False,
 ) -> None:
     """Learn what good looks like, class by class, and keep some good images back to know the false-alarm rate."""
-    from adflow.data import open_data
+    from adflow import _ranks
+    from adflow.cli._inputs import open_strided
     from adflow.detector import Resources
-    from adflow.errors import UsageError
+    from adflow.errors import PartialError, UsageError
     from adflow.methods import get
-    from adflow.tasks.fit import FitOptions
+    from adflow.tasks.fit import FitOptions, fit_on
     from adflow.tasks.fit import fit as run_fit
 
-    talk = Talk(json=json, quiet=quiet, verbose=verbose)
-    classes = [found for spec in data for found in open_data(spec, root=data_root)]
+    silent = _ranks.silent()
+    talk = Talk(json=json, quiet=quiet or silent, verbose=verbose)
+    classes = open_strided(data, data_root, stride)
     if out is not None and len(classes) > 1:
         raise UsageError(f"--out takes one class, found {len(classes)}", hint="Use --runs FOLDER for several.")
     chosen = o.settings(settings)
@@ -72,17 +79,33 @@ def fit(
         seed=seed,
         device=device,
         strict=strict,
-        resources=Resources(memory=memory, dtype=feature_dtype),
+        resources=Resources(memory=memory, dtype=feature_dtype, workers=workers),
     )
     command = " ".join(["adflow", *sys.argv[1:]])
+    for note in (note for one in classes for note in one.notes):
+        talk.detail(note)
+    cluster = o.cluster(executor, ray_address, workers, device)
+    if cluster is not None and out is not None:
+        raise UsageError("--out does not go with --executor ray", hint="Use --runs FOLDER.")
+
+    def fitted() -> Iterator[dict[str, Any] | Exception]:
+        if cluster is not None:
+            with talk.progress("fit") as progress:
+                found = fit_on(cluster, classes, options, runs=runs, resume=resume, command=command, progress=progress)
+            yield from found
+            return
+        for one in classes:
+            with talk.progress(one.name) as progress:
+                yield run_fit(one, options, out=out, runs=runs, resume=resume, command=command, progress=progress)
+
     done = []
-    for one in classes:
-        for note in one.notes:
-            talk.detail(note)
-        with talk.progress(one.name) as progress:
-            summary = run_fit(
-                one, options, out=out, runs=runs, resume=resume, command=command, progress=progress
-            )
+    failed: list[tuple[str, Exception]] = []
+    for one, summary in zip(classes, fitted(), strict=True):
+        if isinstance(summary, Exception):
+            failed.append((one.name, summary))
+            continue
+        if silent:
+            continue
         done.append(summary)
         for line in summary["skipped"]:
             talk.warn(f"skipped {line}")
@@ -92,7 +115,14 @@ def fit(
         else:
             talk.say(_health(summary))
             talk.detail(f"calibration: {summary['calibration']}")
+    if silent:
+        return
+    if failed and not done:
+        raise failed[0][1]
     talk.data({"runs": done}, "\n".join(summary["detector"] for summary in done))
+    if failed:
+        name, error = failed[0]
+        raise PartialError(f"{len(failed)} of {len(classes)} classes failed; the first, {name}: {error}")
     talk.next(f"adflow evaluate {data[0]}   |   adflow segment FOLDER --nfa 1")
 
 

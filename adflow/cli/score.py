@@ -18,6 +18,9 @@ def score(
     precision: o.Precision = "float32",
     weights: o.Weights = None,
     workers: o.Workers = None,
+    stride: o.Stride = 1,
+    executor: o.Executor = "local",
+    ray_address: o.RayAddress = None,
     top: Annotated[int, typer.Option(help="Rows of the table on the terminal; 0 = all.", min=0)] = 20,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes.")] = False,
     strict: o.Strict = False,
@@ -31,15 +34,24 @@ def score(
     """Give every image an anomaly score, a p-value and a verdict; CSV and JSON lines beside the table."""
     from adflow._lock import claim
     from adflow.cli._inputs import gather, open_detector
+    from adflow.pipeline import run
     from adflow.tasks.score import score as run_score
 
     talk = Talk(json=json, quiet=quiet, verbose=verbose)
-    samples = gather(paths, data_root)
+    samples = gather(paths, data_root, stride=stride)
     detector, path = open_detector(model, runs, device, precision, weights, talk)
     folder = out or path.parent / "score"
+    cluster = o.cluster(executor, ray_address, workers, device)
     with claim(folder), talk.progress("score") as progress:
         result = run_score(
-            detector, samples, rate=flag_rate, out=folder, strict=strict, workers=workers, progress=progress
+            detector,
+            samples,
+            rate=flag_rate,
+            out=folder,
+            strict=strict,
+            workers=workers,
+            through=cluster.images if cluster else run,
+            progress=progress,
         )
     failed = [row for row in result["rows"] if row["error"]]
     for row in failed:

@@ -28,6 +28,9 @@ def segment(
     precision: o.Precision = "float32",
     weights: o.Weights = None,
     workers: o.Workers = None,
+    stride: o.Stride = 1,
+    executor: o.Executor = "local",
+    ray_address: o.RayAddress = None,
     strict: o.Strict = False,
     data_root: o.DataRoot = None,
     runs: o.Runs = None,
@@ -40,12 +43,13 @@ def segment(
     from adflow._lock import claim
     from adflow.cli._inputs import gather, open_detector
     from adflow.errors import UsageError, unknown
+    from adflow.pipeline import run
     from adflow.tasks._null import GaussianNull
     from adflow.tasks._point import gaussian_point, operating_point
     from adflow.tasks.segment import segment as run_segment
 
     talk = Talk(json=json, quiet=quiet, verbose=verbose)
-    samples = gather(paths, data_root)
+    samples = gather(paths, data_root, stride=stride)
     detector, path = open_detector(model, runs, device, precision, weights, talk)
     if null not in ("calibrated", "gaussian"):
         raise unknown("null model", null, ["calibrated", "gaussian"])
@@ -57,6 +61,7 @@ def segment(
     else:
         point = operating_point(detector, nfa=nfa, flag_rate=flag_rate, threshold=threshold)
     folder = out or path.parent / "segment"
+    cluster = o.cluster(executor, ray_address, workers, device)
     with claim(folder, "masks", "overlays"), talk.progress("segment") as progress:
         result = run_segment(
             detector,
@@ -68,6 +73,7 @@ def segment(
             overlay_size=overlay_size,
             strict=strict,
             workers=workers,
+            through=cluster.images if cluster else run,
             progress=progress,
         )
     for row in result["images"]:

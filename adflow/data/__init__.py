@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 from adflow._system import cores
+from adflow._video import is_frame
 from adflow.data._scan import list_images
 from adflow.errors import InputError, UnavailableError, UsageError, unknown
 from adflow.imaging import Box, Size, fit_to, read_image, show
@@ -100,7 +101,8 @@ class Dataset:
             for kind, path in (("image", sample.image), ("mask", sample.mask)):
                 if path is not None:
                     relative = Path(os.path.relpath(path, self.root)).as_posix()
-                    size = path.stat().st_size if path.exists() else -1
+                    file = path.parent if is_frame(path) else path
+                    size = file.stat().st_size if file.exists() else -1
                     lines.add(f"{sample.split}\0{kind}\0{size}\0".encode() + os.fsencode(relative))
         return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()
 
@@ -207,17 +209,35 @@ class Images:
         strict: bool = False,
         workers: int | None = None,
     ) -> None:
-        self.paths = [item.image if isinstance(item, Sample) else Path(item) for item in items]
+        self.items = items
         self.size = size
         self.keep_aspect = keep_aspect
         self.strict = strict
         self.workers = min(4, cores()) if workers is None else workers
         self.skipped: list[tuple[Path, str]] = []
         self._bad: set[int] = set()
+        self._whole = True
+
+    def path(self, index: int) -> Path:
+        """Return the file at a place in the list."""
+        item = self.items[index]
+        return item.image if isinstance(item, Sample) else Path(item)
+
+    def part(self, start: int, stop: int) -> Images:
+        """Return the images at places ``start`` to ``stop``; what it cannot read is recorded here, too."""
+        found = Images(self.items[start:stop], self.size, self.keep_aspect, self.strict, self.workers)
+        found.skipped, found._whole = self.skipped, False
+        return found
+
+    def leave_out(self, skipped: Sequence[tuple[Path, str]]) -> None:
+        """Record files that could not be read elsewhere."""
+        self.skipped[:] = sorted(skipped)
+        paths = {path for path, _ in skipped}
+        self._bad |= {index for index in range(len(self.items)) if self.path(index) in paths} if paths else set()
 
     def __len__(self) -> int:
         """Return how many images there are, without those found unreadable so far."""
-        return len(self.paths) - len(self._bad)
+        return len(self.items) - len(self._bad)
 
     def frames(self) -> Iterator[Frame]:
         """Yield every readable image in order.
@@ -225,7 +245,7 @@ class Images:
         Raises:
             InputError: a file cannot be read and ``strict`` is set, or none of them can be read.
         """
-        wanted = [index for index in range(len(self.paths)) if index not in self._bad]
+        wanted = [index for index in range(len(self.items)) if index not in self._bad]
         count = 0
         for index, frame in zip(wanted, self._decoded(wanted), strict=True):
             if isinstance(frame, Frame):
@@ -235,11 +255,12 @@ class Images:
             if self.strict:
                 raise frame
             self._bad.add(index)
-            self.skipped.append((self.paths[index], _reason(frame, self.paths[index])))
-        if count == 0 and self.paths:
+            path = self.path(index)
+            self.skipped.append((path, _reason(frame, path)))
+        if count == 0 and len(self.items) and self._whole:
             path, reason = self.skipped[0]
             raise InputError(
-                f"none of {len(self.paths)} images could be read; the first, {show(path)}: {reason}"
+                f"none of {len(self.items)} images could be read; the first, {show(path)}: {reason}"
             )
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
@@ -280,7 +301,7 @@ class Images:
                     future.cancel()
 
     def _decode(self, index: int) -> Frame | InputError:
-        path = self.paths[index]
+        path = self.path(index)
         try:
             picture = read_image(path)
         except InputError as error:

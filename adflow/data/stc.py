@@ -8,8 +8,9 @@
     testing/test_frame_mask/SS_VVVV.npy     [T] uint8, 1 = abnormal frame
     testing/test_pixel_mask/SS_VVVV.npy     [T, H, W] uint8
 
-Scene 13 has a training video and no truth, so it is no class. Videos are decoded as a stream, frame by
-frame. The 274,515 training frames are kept as numbers; a `Sample` is made when it is asked for.
+Scene 13 has a training video and no truth, so it is no class. Videos are decoded as a stream, frame by frame:
+to files by `decode`, as CFLOW-AD does (JPEG loses a little), else whenever frames are read. The 274,515 training
+frames are kept as numbers; a `Sample` is made when it is asked for.
 
 W. Liu et al., "Future frame prediction for anomaly detection: a new baseline", CVPR 2018,
 https://svip-lab.github.io/dataset/campus_dataset.html
@@ -23,6 +24,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import overload
 
@@ -30,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adflow._files import make_folder, write_error
+from adflow._video import count
 from adflow.data import Dataset, Sample
 from adflow.data._scan import folders_in
 from adflow.errors import InputError, UnavailableError
@@ -73,7 +76,7 @@ class Frames(Sequence[Sample]):
         which = bisect.bisect_right(self._ends, index)
         video = self._videos[which]
         place = index - (self._ends[which - 1] if which else 0)
-        image = video.folder / f"{int(video.numbers[place]):0{int(video.digits[place])}d}.jpg"
+        image = video.folder / f"{int(video.numbers[place]):0{int(video.digits[place])}d}{video.suffix}"
         bad = video.labels is not None and bool(video.labels[place])
         mask = video.masks if bad else None
         return Sample(
@@ -84,9 +87,13 @@ class Frames(Sequence[Sample]):
 class _Video:
     """The frames of one video; see `Frames`."""
 
-    __slots__ = ("digits", "folder", "labels", "masks", "numbers")
+    __slots__ = ("digits", "folder", "labels", "masks", "numbers", "suffix")
 
     def __init__(self, folder: Path) -> None:
+        self.suffix = "" if folder.is_file() else ".jpg"
+        if folder.is_file():
+            self._keep(folder, np.array([(i, 8) for i in range(count(folder))], dtype=np.int32).reshape(-1, 2))
+            return
         names = []
         try:
             with os.scandir(folder) as entries:
@@ -100,13 +107,16 @@ class _Video:
         pairs = np.array(sorted((int(name[:-4]), len(name) - 4) for name in names), dtype=np.int32).reshape(
             -1, 2
         )
+        self._keep(folder, pairs)
+        if len(np.unique(self.numbers)) != len(names):
+            raise InputError(f"{show(folder)} holds two frames of one number")
+
+    def _keep(self, folder: Path, pairs: npt.NDArray[np.int32]) -> None:
         self.folder = folder
         self.numbers: npt.NDArray[np.int32] = pairs[:, 0].copy()
         self.digits: npt.NDArray[np.uint8] = pairs[:, 1].astype(np.uint8)
         self.labels: npt.NDArray[np.bool_] | None = None
         self.masks: Path | None = None
-        if len(np.unique(self.numbers)) != len(names):
-            raise InputError(f"{show(folder)} holds two frames of one number")
 
 
 def matches(folder: Path) -> bool:
@@ -125,20 +135,22 @@ def classes(folder: Path) -> list[str]:
 
 
 def read(folder: Path, class_: str) -> Dataset:
-    """Read one scene; training videos must have been decoded.
+    """Read one scene; training videos that have not been decoded to files are decoded as they are read.
 
     Raises:
-        UnavailableError: videos of this scene are not decoded.
+        UnavailableError: there are such videos, and PyAV is not installed.
         InputError: frames and masks do not agree in number, or a mask is missing; names the video.
     """
     decoded = [name for name in _decoded(folder) if _scene(name) == class_]
     missing = [name for name in _videos(folder) if _scene(name) == class_ and name not in decoded]
-    if missing:
+    if missing and find_spec("av") is None:
         raise UnavailableError(
             f"{len(missing)} training videos of scene {class_} are not decoded, first {missing[0]}.avi",
-            hint=f"Run `adflow download stc/{class_}`; decoding needs `pip install 'adflow[video]'`.",
+            hint=f"Run `pip install 'adflow[video]'`, then the same command, or `adflow download stc/{class_}`.",
         )
-    train = [_Video(folder / "training" / "frames" / name) for name in decoded]
+    places = {name: folder / "training" / "frames" / name for name in decoded}
+    places |= {name: folder / "training" / "videos" / f"{name}.avi" for name in missing}
+    train = [_Video(places[name]) for name in sorted(places)]
     frames = folder / "testing" / "frames"
     test = [_tested(folder, frames / name) for name in folders_in(frames) if _scene(name) == class_]
     if not any(len(video.numbers) for video in train):
@@ -152,8 +164,8 @@ def read(folder: Path, class_: str) -> Dataset:
 def prepare(folder: Path, scenes: Iterable[str] | None = None, progress: Progress | None = None) -> list[str]:
     """Decode what is missing of ``scenes`` (None: of every class); return what the user should know."""
     wanted = set(classes(folder) if scenes is None else scenes)
-    count = decode(folder, scenes=wanted, progress=progress)
-    return [f"{count} training videos decoded, every frame, JPEG quality {QUALITY}"] if count else []
+    done = decode(folder, scenes=wanted, progress=progress)
+    return [f"{done} training videos decoded, every frame, JPEG quality {QUALITY}"] if done else []
 
 
 def decode(
@@ -201,13 +213,13 @@ def decode(
         beside = frames / f".{name}.partial"
         shutil.rmtree(beside, ignore_errors=True)
         make_folder(beside)
-        count = 0
+        written = 0
         try:
             with av.open(str(video)) as container:
                 for index, frame in enumerate(container.decode(video=0)):
                     if index % stride == 0:
                         frame.to_image().save(beside / f"{index:08d}.jpg", quality=quality)
-                        count += 1
+                        written += 1
         except av.FFmpegError as error:
             shutil.rmtree(beside, ignore_errors=True)
             raise InputError(
@@ -216,10 +228,10 @@ def decode(
         except OSError as error:
             shutil.rmtree(beside, ignore_errors=True)
             raise write_error(frames, error) from error
-        if not count:
+        if not written:
             shutil.rmtree(beside, ignore_errors=True)
             raise InputError(f"{show(video)} holds no frame", hint="Get the data set again.")
-        facts = {"video": video.name, "frames": count, "stride": stride, "quality": quality}
+        facts = {"video": video.name, "frames": written, "stride": stride, "quality": quality}
         (beside / MARKER).write_text(json.dumps(facts) + "\n", encoding="utf-8")
         beside.replace(frames / name)
     if progress is not None:
@@ -275,6 +287,8 @@ def _scene(name: str) -> str | None:
 
 def _how(frames: Path) -> str:
     """Say how the frames of one video were made."""
+    if frames.is_file():
+        return "every frame, decoded when it is read"
     try:
         facts = json.loads((frames / MARKER).read_text(encoding="utf-8"))
         every = "every frame" if facts["stride"] == 1 else f"every {facts['stride']}. frame"

@@ -4,10 +4,14 @@ What a method gives is a loss of a batch and an endless iterator of batches that
 generator. The loss itself draws nothing, so the whole training is a function of the seed: an interrupted
 fit starts again from the seed, lets the batches that were done pass unused, takes its weights from the
 checkpoint and ends with the same bits.
+
+Under ``torchrun`` every process takes its share of each batch: see :mod:`adflow._ranks`. As a loss is a mean over its
+batch, the gradient is that of the whole batch.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from adflow import _ranks
 from adflow._files import atomic_write
 from adflow.errors import InputError, TrainingError
 
@@ -136,7 +141,8 @@ def train(
     good = run.snapshot()
     while run.done < steps and not run.finished:
         rate = lr * run.slower * (schedule(run.done) if schedule else 1.0)
-        value = run.step(lambda: loss(next(batches)), rate, clip)
+        batch, weight = _ranks.share(next(batches))
+        value = run.step(functools.partial(_weighted, loss, batch, weight), rate, clip)
         run.done += 1
         if value is None:
             run.restore(good)
@@ -155,10 +161,15 @@ def train(
         if progress:
             progress(run.done, steps, "training")
         if checkpoint is not None and time.monotonic() - written > CHECKPOINT_SECONDS and run.done < steps:
-            run.save(checkpoint, identity)
+            if _ranks.rank() == 0:
+                run.save(checkpoint, identity)
             written = time.monotonic()
     run.finish()
     return Trained(run.done, run.windows, run.rollbacks)
+
+
+def _weighted(loss: Callable[[Batch], Tensor], batch: Batch, weight: float) -> Tensor:
+    return loss(batch) if weight == 1.0 else loss(batch) * weight
 
 
 class _Run:
@@ -200,11 +211,14 @@ class _Run:
             group["lr"] = rate
         self.optimiser.zero_grad(set_to_none=True)
         value = loss()
-        number = float(value.detach())
+        total = value.detach().clone()
+        _ranks.add_up([total])
+        number = float(total)
         if not math.isfinite(number):
             return None
         value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         reached = [p for p in self.parameters.values() if p.grad is not None]
+        _ranks.add_up(p.grad for p in reached if p.grad is not None)
         norm = nn.utils.clip_grad_norm_(reached, clip if clip is not None else math.inf)
         if not math.isfinite(float(norm)):
             return None
@@ -296,4 +310,5 @@ class _Run:
     def finish(self) -> None:
         for name, mean in self.mean.items():
             self.parameters[name].copy_(mean)
+        _ranks.from_first([*self.parameters.values(), *self.statistics.values()])
         self.optimiser.zero_grad(set_to_none=True)

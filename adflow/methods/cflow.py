@@ -290,6 +290,7 @@ class CFlow(FeatureDetector):
             memory=resources.memory,
             folder=resources.folder,
             dtype=resources.dtype,
+            workers=resources.workers,
             views=self.views,
             augment=lambda image, generator: turned(image, self.rotate, generator),
             generator=torch.Generator().manual_seed(seed),

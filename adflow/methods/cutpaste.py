@@ -180,6 +180,7 @@ class CutPaste(FeatureDetector):
             memory=resources.memory,
             folder=resources.folder,
             dtype=resources.dtype,
+            workers=resources.workers,
             progress=progress,
         ) as bank:
             self._where = views.where

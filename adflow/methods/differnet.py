@@ -239,6 +239,7 @@ class DifferNet(Detector):
             images,
             memory=resources.memory,
             folder=resources.folder,
+            workers=resources.workers,
             views=max(1, self.views),
             augment=augment if self.views else None,
             generator=generator if self.views else None,

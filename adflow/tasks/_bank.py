@@ -51,6 +51,7 @@ class TrainFeatures:
             memory=resources.memory,
             folder=resources.folder,
             dtype=resources.dtype,
+            workers=resources.workers,
             progress=progress,
         )
         bad = {path for path, _ in source.skipped}
@@ -58,6 +59,7 @@ class TrainFeatures:
         readable = [i for i, sample in enumerate(train) if sample.image not in bad]
         self._row = {index: row for row, index in enumerate(readable)}
         self._train = train
+        self._workers = resources.workers or default_workers()
         # What was rounded, letterboxed (the bank does not know where the image lies) or computed in batches on a
         # GPU is not what scoring sees.
         self._exact = resources.dtype == "float32" and not keep_aspect and detector.device().type == "cpu"
@@ -83,7 +85,7 @@ class TrainFeatures:
         def score(row: int) -> tuple[Any, float]:
             return _score(detector, self.bank, row, box)
 
-        with one_thread(), ThreadPoolExecutor(default_workers(), "adflow-calibrate") as pool:
+        with one_thread(), ThreadPoolExecutor(self._workers, "adflow-calibrate") as pool:
             found = list(pool.map(score, (row for _, row in rows)))
         return Calibration.from_maps([m for m, _ in found], np.array([value for _, value in found]))
 

@@ -24,6 +24,7 @@ import torch
 from adflow import __version__, methods
 from adflow._files import write_text
 from adflow._grid import plain
+from adflow._video import is_frame
 from adflow.data import Dataset
 from adflow.detector_file import read_header
 from adflow.errors import AdflowError, InputError, UsageError
@@ -31,8 +32,8 @@ from adflow.metrics import PixelHistograms
 from adflow.runs import run_name
 from adflow.tasks._bank import bank_key
 from adflow.tasks._device import choose_device
-from adflow.tasks._measure import MAP_MEMORY, Evaluation, streaming_note, streams
-from adflow.tasks.fit import FitOptions, prepare
+from adflow.tasks._measure import MAP_MEMORY, Evaluation, map_bytes, streaming_note, streams
+from adflow.tasks.fit import PROCESS, FitOptions, prepare
 
 FORMAT = 1
 # Modules that look at results and do not make them.
@@ -81,6 +82,7 @@ class Job:
         precision: "float32" or "bf16" of a model's backbone.
         weights: local weight file of a model's backbone.
         group: jobs of one group can share a feature bank.
+        memory: bytes it takes at about: what a cluster is asked for.
         error: why this cell cannot be computed, known before the start.
         note: what to tell before the start.
     """
@@ -95,6 +97,7 @@ class Job:
     precision: str = "float32"
     weights: Path | None = None
     group: tuple[Any, ...] = ()
+    memory: int = 0
     error: str | None = None
     note: str | None = None
 
@@ -140,7 +143,12 @@ def plan_fits(
                 )
                 group = (data.name, str(data.root), found.get("group"))
                 note = _note(data, found.get("size"), measuring)
-                jobs.append(Job(data, stem, key, head, chosen, group=group, error=found.get("error"), note=note))
+                bank = min(options.resources.memory, len(data.train) * found.get("image_bytes", 0))
+                memory = PROCESS + bank + _maps(data, found.get("size"), measuring)
+                error = found.get("error")
+                jobs.append(
+                    Job(data, stem, key, head, chosen, group=group, memory=memory, error=error, note=note)
+                )
     return jobs
 
 
@@ -168,8 +176,10 @@ def plan_model(
     )
     run = model.parent.name if model.stem == "detector" else model.stem
     stem = run_name(data.name, run, str(header.get("digest"))[:8], 0)
-    note = _note(data, (int(size[0]), int(size[1])), measuring)
-    return Job(data, stem, key, head, None, model, device, precision, weights, note=note)
+    shape = (int(size[0]), int(size[1]))
+    memory = PROCESS + _maps(data, shape, measuring)
+    note = _note(data, shape, measuring)
+    return Job(data, stem, key, head, None, model, device, precision, weights, memory=memory, note=note)
 
 
 def unique(jobs: Sequence[Job]) -> list[Job]:
@@ -192,6 +202,14 @@ def _note(data: Dataset, size: tuple[int, int] | None, measuring: Measuring) -> 
     return f"{data.name}: {streaming_note(count, size, measuring.map_memory)}"
 
 
+def _maps(data: Dataset, size: tuple[int, int] | None, measuring: Measuring) -> int:
+    """Return the bytes that maps take while they are measured; none to speak of when pixels are streamed."""
+    count = sum(sample.label is not None for sample in data.test)
+    if size is None or streams(count, size, measuring.map_memory):
+        return 0
+    return map_bytes(count, size)
+
+
 def _facts(data: Dataset, options: FitOptions) -> dict[str, Any]:
     """Return what determines a fit besides data and seed, and which features it needs."""
     try:
@@ -203,7 +221,9 @@ def _facts(data: Dataset, options: FitOptions) -> dict[str, Any]:
     backbone = detector.backbone
     shared = bank_key(detector, size, keep)
     fit = [options.method, detector.params(), backbone.name, backbone.taps, backbone.weights, size, keep]
-    return {"backbone": backbone.name, "fit": plain(fit), "group": shared, "size": size}
+    taps = zip(backbone.channels, backbone.strides, strict=True)
+    image = 4 * sum(channels * -(-size[0] // step) * -(-size[1] // step) for channels, step in taps)
+    return {"backbone": backbone.name, "fit": plain(fit), "group": shared, "size": size, "image_bytes": image}
 
 
 def _head(data: Dataset, method: str, backbone: str, recipe: str | None, seed: int | None) -> dict[str, Any]:
@@ -243,7 +263,8 @@ def data_state(data: Dataset) -> str:
     for sample in (*data.train, *data.test):
         for path in (sample.image, sample.mask):
             if path is not None:
-                total.update(str(path.stat().st_mtime_ns if path.exists() else -1).encode() + b"\0")
+                file = path.parent if is_frame(path) else path
+                total.update(str(file.stat().st_mtime_ns if file.exists() else -1).encode() + b"\0")
         total.update(f"{sample.split}{sample.label}{sample.defect}{sample.mask_index}".encode())
     return total.hexdigest()
 

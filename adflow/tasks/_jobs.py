@@ -105,8 +105,13 @@ def _serve(connection: Connection, work: Work) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             for result in work(connection.recv()):
-                try:
-                    connection.send(result)
-                except (pickle.PicklingError, TypeError, AttributeError):
-                    # Errors of other packages may hold what cannot be sent.
-                    connection.send(RuntimeError(f"{type(result).__name__}: {result}"))
+                connection.send(sendable(result))
+
+
+def sendable(result: Any) -> Any:
+    """Return ``result``, or an error that says the same where it is one of another package that cannot be sent."""
+    try:
+        pickle.dumps(result)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        return RuntimeError(f"{type(result).__name__}: {result}")
+    return result

@@ -76,7 +76,12 @@ class _Seen:
 
 def streams(count: int, size: tuple[int, int], memory: int) -> bool:
     """Return whether exact pixel metrics of ``count`` maps of ``size`` would need more than ``memory`` bytes."""
-    return count * size[0] * size[1] * _BYTES_PER_PIXEL > memory
+    return map_bytes(count, size) > memory
+
+
+def map_bytes(count: int, size: tuple[int, int]) -> int:
+    """Return the bytes that exact pixel metrics of ``count`` maps of ``size`` take."""
+    return int(count * size[0] * size[1] * _BYTES_PER_PIXEL)
 
 
 def streaming_note(count: int, size: tuple[int, int], memory: int) -> str:

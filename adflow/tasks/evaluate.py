@@ -27,6 +27,7 @@ from adflow.tasks._jobs import run_units
 from adflow.tasks._measure import Evaluation, evaluate_detector
 from adflow.tasks._pictures import Drawer, draw
 from adflow.tasks._point import OperatingPoint, operating_point
+from adflow.tasks._ray import Cluster
 from adflow.tasks.fit import fit_detector, prepare, save_run
 
 __all__ = ["Done", "Outcome", "evaluate", "evaluate_detector"]
@@ -89,6 +90,7 @@ def evaluate(
     out: Path,
     *,
     processes: int = 1,
+    cluster: Cluster | None = None,
     fresh: bool = False,
     keep: Path | None = None,
     command: str | None = None,
@@ -104,6 +106,7 @@ def evaluate(
         measuring: as they were planned with.
         out: folder; cells go to ``out/cells``, pictures to ``out/overlays``.
         processes: cells at once, each in a process of its own when more than one.
+        cluster: where cells run instead; ``out``, data and ``keep`` must be folders that all its nodes see.
         fresh: compute cells that are there already, too.
         keep: folder of runs in which fitted detectors are kept; None = they are forgotten.
         command: what the user typed, for the provenance of kept detectors.
@@ -114,6 +117,7 @@ def evaluate(
         AdflowError: the error of the only cell there is; with several a failed one becomes a row.
     """
     folder = make_folder(out / "cells")
+    processes = cluster.slots if cluster else processes
     found: dict[int, dict[str, Any]] = {}
     errors: dict[int, str] = {}
     clock = _Clock(jobs, processes)
@@ -143,18 +147,29 @@ def evaluate(
         else:
             pending.append(index)
     reused = len(found)
-    workers = measuring.workers or max(1, default_workers() // max(1, processes))
+    workers = cluster.cpus if cluster else measuring.workers or max(1, default_workers() // max(1, processes))
     measuring = replace(measuring, workers=workers)
+    for index in pending:
+        # A unit that is begun again takes the cells that are there: these are to be made anew.
+        if read_cell(folder / f"{jobs[index].name}.json", jobs[index].key) is not None:
+            (folder / f"{jobs[index].name}.json").unlink()
     units = _units(jobs, pending, processes)
     items = [[_Item(jobs[i], measuring, out, keep, command) for i in unit] for unit in units]
     clock.start()
-    for unit, place, result in _results(items, processes, progress, alone=len(jobs) == 1):
+    results = (
+        cluster.units(work, items, [max(jobs[i].memory for i in unit) for unit in units])
+        if cluster
+        else _results(items, processes, progress, alone=len(jobs) == 1)
+    )
+    for unit, place, result in results:
         index = units[unit][place]
         clock.took(index)
         if isinstance(result, Exception):
             tell(index, None, _reason(result))
         else:
-            tell(index, read_cell(folder / f"{jobs[index].name}.json"), None)
+            cell = read_cell(folder / f"{jobs[index].name}.json", jobs[index].key)
+            missing = None if cell else f"its file did not come: {folder} must be a folder that all nodes see"
+            tell(index, cell, missing)
     rows = [
         _row(found[i]) if i in found else {**job.head, "error": errors[i]} for i, job in enumerate(jobs)
     ]
@@ -223,10 +238,16 @@ def work(unit: Sequence[_Item], progress: Progress | None = None) -> Iterator[Ex
         for item in unit:
             failed: Exception | None = None
             job = item.job
+            if read_cell(item.out / "cells" / f"{job.name}.json", job.key) is not None:
+                yield None  # made before the node of this unit was lost
+                continue
             try:
                 if job.options is None:
                     _measure_model(item, progress)
                 else:
+                    resources = replace(job.options.resources, workers=item.measuring.workers)
+                    job = replace(job, options=replace(job.options, resources=resources))
+                    assert job.options is not None
                     detector, size, keep_aspect = prepare(job.data, job.options)
                     if features is None and len(unit) > 1 and can_share(detector, job.options.settings):
                         detector.to(choose_device(job.options.device))
@@ -239,7 +260,7 @@ def work(unit: Sequence[_Item], progress: Progress | None = None) -> Iterator[Ex
                             job.options.resources,
                             progress,
                         )
-                    _measure_fitted(item, detector, size, keep_aspect, features, progress)
+                    _measure_fitted(replace(item, job=job), detector, size, keep_aspect, features, progress)
             except Exception as error:
                 # Hours of work must not end with one cell: whatever it is becomes its row, with the trace beside it.
                 failed = error

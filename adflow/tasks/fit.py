@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from adflow import __version__, methods
+from adflow import __version__, _ranks, methods
 from adflow._files import write_text
 from adflow._lock import claim
 from adflow.calibration import Calibration
@@ -26,9 +27,11 @@ from adflow.pipeline import run
 from adflow.runs import DETECTOR, run_name, runs_folder
 from adflow.tasks._bank import TrainFeatures, can_share
 from adflow.tasks._device import choose_device
+from adflow.tasks._ray import Cluster
 
 DEFAULT_METHOD = "cflow"
 DEFAULT_SIZE: Size = (256, 256)
+PROCESS = 1 << 30  # bytes a process takes with torch, a backbone and a learned method, before features and maps
 
 
 @dataclass(frozen=True)
@@ -118,18 +121,76 @@ def fit(
         TrainingError: the training did not stay finite.
     """
     options = options or FitOptions()
+    with _ranks.together(options.device) as device:
+        return _fit(data, replace(options, device=device), out, runs, resume, command, progress)
+
+
+def _fit(
+    data: Dataset,
+    options: FitOptions,
+    out: Path | None,
+    runs: Path | None,
+    resume: bool,
+    command: str | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
     detector, size, keep_aspect = prepare(data, options)
     name = run_name(data.name, options.method, detector.backbone.name, options.seed)
     folder = out or runs_folder(runs) / name
-    with claim(folder):
+    with claim(folder) if _ranks.rank() == 0 else nullcontext():
         checkpoint = folder / "fit.checkpoint"
-        if not resume:
+        if not resume and _ranks.rank() == 0:
             checkpoint.unlink(missing_ok=True)
+        _ranks.wait()
         options = replace(options, resources=replace(options.resources, checkpoint=checkpoint))
         fitted = fit_detector(detector, data.train, options, size, keep_aspect, progress)
+        if _ranks.rank() > 0:
+            return fitted
         summary = save_run(detector, data, fitted, folder, command)
         checkpoint.unlink(missing_ok=True)
     return summary
+
+
+@dataclass(frozen=True)
+class _Class:
+    """One class to fit, with what a task needs to do it."""
+
+    data: Dataset
+    options: FitOptions
+    runs: Path | None
+    resume: bool
+    command: str | None
+
+
+def fit_on(
+    cluster: Cluster,
+    classes: Sequence[Dataset],
+    options: FitOptions,
+    *,
+    runs: Path | None = None,
+    resume: bool = False,
+    command: str | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any] | Exception]:
+    """Fit every class as :func:`fit`, each in a task of its own; return a summary or what went wrong for each."""
+    options = replace(options, resources=replace(options.resources, workers=cluster.cpus))
+    units = [[_Class(one, options, runs, resume, command)] for one in classes]
+    found: list[dict[str, Any] | Exception] = [RuntimeError("not fitted")] * len(units)
+    memory = [PROCESS + options.resources.memory] * len(units)
+    for done, (unit, _, result) in enumerate(cluster.units(fit_classes, units, memory)):
+        found[unit] = result
+        if progress:
+            progress(done + 1, len(units), "classes")
+    return found
+
+
+def fit_classes(unit: Sequence[_Class]) -> Iterator[dict[str, Any] | Exception]:
+    """Fit the classes of a unit; yield a summary or what went wrong for each."""
+    for one in unit:
+        try:
+            yield fit(one.data, one.options, runs=one.runs, resume=one.resume, command=one.command)
+        except Exception as error:
+            yield error
 
 
 def save_run(
@@ -197,6 +258,7 @@ def fit_detector(
         if own is not None:
             own.close()
     done = time.perf_counter()
+    gaussian = held and detector.has_null and _ranks.rank() == 0
     detector.provenance = {
         "adflow": __version__,
         "torch": torch.__version__,
@@ -221,7 +283,7 @@ def fit_detector(
         "skipped": skipped,
         "seconds": {"fit": round(learned - began, 3), "calibration": round(done - learned, 3)},
         "calibration": None if detector.calibration is None else detector.calibration.health(),
-        "null": _null_health(detector, [train[i] for i in held]) if held and detector.has_null else None,
+        "null": _null_health(detector, [train[i] for i in held]) if gaussian else None,
         "digest": digest({k: v.cpu() for k, v in detector.learned().items()}, {}),
     }
 
@@ -250,11 +312,13 @@ def _learn(
         if progress:
             progress(1, 1, message)
 
-    def calibrated(indices: Sequence[int]) -> Calibration:
+    def calibrated(indices: Sequence[int]) -> Calibration | None:
+        if _ranks.rank() > 0:
+            return None
         known = None if features is None else features.calibration(detector, indices)
-        return known or _calibration(detector, [train[i] for i in indices], options.strict)
+        return known or _calibration(detector, [train[i] for i in indices], options.strict, options.resources.workers)
 
-    out_of_fold: list[Calibration] = []
+    out_of_fold: list[Calibration | None] = []
     if options.folds > 1:
         order = np.random.default_rng(options.seed).permutation(len(train))
         for fold, part in enumerate(np.array_split(order, options.folds)):
@@ -264,16 +328,19 @@ def _learn(
     learn(chosen, "fitted")
     learned = time.perf_counter()
     if out_of_fold:
-        detector.calibration = Calibration.merge(out_of_fold)
+        parts = [part for part in out_of_fold if part is not None]
+        detector.calibration = Calibration.merge(parts) if parts else None
     elif held:
         detector.calibration = calibrated(held)
     return learned, list(dict.fromkeys(skipped))
 
 
-def _calibration(detector: Detector, good: Sequence[Sample], strict: bool) -> Calibration:
+def _calibration(
+    detector: Detector, good: Sequence[Sample], strict: bool, workers: int | None = None
+) -> Calibration:
     maps: list[np.ndarray] = []
     scores: list[float] = []
-    for scored in run(detector, good, strict=strict):
+    for scored in run(detector, good, strict=strict, workers=workers):
         if scored.error is None:
             maps.append(scored.map)
             scores.append(scored.image)

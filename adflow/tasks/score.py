@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def score(
     out: Path | None = None,
     strict: bool = False,
     workers: int | None = None,
+    through: Callable[..., Iterator[Scored]] = run,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score every image.
@@ -60,6 +61,7 @@ def score(
         out: folder for scores.csv and scores.jsonl, or None.
         strict: an unreadable image is fatal.
         workers: images at once.
+        through: how images become scores: here, or on a cluster (:meth:`adflow.tasks._ray.Cluster.images`).
         progress: called with (done, total, message).
 
     Returns:
@@ -70,7 +72,7 @@ def score(
     limit = verdict_rate(detector, rate)
     rows: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
-    for scored in run(detector, samples, keep_map=False, strict=strict, workers=workers):
+    for scored in through(detector, samples, keep_map=False, strict=strict, workers=workers):
         rows.append(row_of(scored, detector, limit))
         for stage, took in scored.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + took

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def segment(
     overlay_size: int | None = None,
     strict: bool = False,
     workers: int | None = None,
+    through: Callable[..., Iterator[Scored]] = run,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write masks and overlays at the original size, ``regions.jsonl``, ``images.csv`` and COCO ``coco.json``.
@@ -49,6 +50,7 @@ def segment(
         overlay_size: longer side of the picture, in pixels; None = the original size.
         strict: an unreadable image is fatal.
         workers: images at once.
+        through: how images become scores: here, or on a cluster (:meth:`adflow.tasks._ray.Cluster.images`).
         progress: called with (done, total, message).
 
     Returns:
@@ -87,7 +89,8 @@ def segment(
     images: list[dict[str, Any]] = []
     regions: list[dict[str, Any]] = []
     scores: list[float] = []
-    for scored in run(detector, samples, after=draw, keep_picture=True, keep_map=False, strict=strict, workers=workers):
+    options = {"keep_picture": True, "keep_map": False, "strict": strict, "workers": workers}
+    for scored in through(detector, samples, after=draw, **options):
         found = scored.result or []
         regions.extend(found)
         if scored.error is None:

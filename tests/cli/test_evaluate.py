@@ -241,3 +241,14 @@ def test_the_ci_job_of_the_readme_gates(
     stricter = shlex.split(command.replace("pixel_auroc=0.97", "pixel_auroc=0.9999"))[1:]
     failed = call(*stricter)
     assert failed.code == 6 and "below 0.9999" in failed.err and "there already" in failed.err
+
+
+def test_without_ray_the_way_is_shown(
+    parts: Path, runs: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for command in (["evaluate", parts, *FIT], ["score", parts / "test"], ["segment", parts / "test", "--nfa", "1"]):
+        done = call(*command, "--runs", runs, "--out", tmp_path, "--executor", "ray")
+        assert done.code == 4 and "pip install 'adflow[ray]'" in done.err, done.err
+    assert call("fit", parts, "--executor", "rya").code == 2
+    assert call("fit", parts, "--ray-address", "auto").code == 2

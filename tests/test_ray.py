@@ -1,0 +1,108 @@
+"""Cells and images on a Ray cluster of two nodes, one of which is lost: the same results as here."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import conftest
+import numpy as np
+import pytest
+import torch
+from conftest import TinyBackbone, make_tiny_images
+from PIL import Image
+
+from adflow import methods
+from adflow.data import Sample
+from adflow.errors import InputError, UnavailableError
+from adflow.pipeline import run
+from adflow.tasks import _ray
+
+ray = pytest.importorskip("ray")
+# Ray leaves sockets and files to the collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[tuple[Any, Any]]:
+    """A cluster of two nodes with one CPU each, and the second of them."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    cluster.add_node(num_cpus=1, include_dashboard=False)
+    second = cluster.add_node(num_cpus=1)
+    # Workers do not find modules of tests.
+    for module in (conftest, sys.modules[__name__]):
+        ray.cloudpickle.register_pickle_by_value(module)
+    yield cluster, second
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def slow_squares(items: Sequence[Any]) -> Iterator[Any]:
+    for folder, number in items:
+        (folder / f"{number}-{time.monotonic_ns()}").touch()
+        time.sleep(0.3)
+        if number < 0:
+            raise ValueError(f"{number} has no root")
+        yield number * number
+
+
+def test_images_and_units_are_those_of_one_process_and_a_lost_node_costs_its_own(
+    nodes: tuple[Any, Any], tmp_path: Path
+) -> None:
+    cluster, second = nodes
+    there = _ray.connect(cluster.address)
+    assert there.slots == 2
+
+    # Images: in order, the same bits, unreadable ones named.
+    detector = methods.get("padim")(TinyBackbone()).fit(make_tiny_images().normal)
+    rng = np.random.default_rng(0)
+    samples = []
+    for i in range(20):
+        path = tmp_path / f"{i}.png"
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(path)
+        samples.append(Sample(path, "test", None, None, None))
+    samples[3].image.write_bytes(b"no image")
+    state = torch.random.get_rng_state()
+    ours = list(run(detector, samples, after=lambda s: s.image * 2))
+    theirs = list(there.images(detector, samples, after=lambda s: s.image * 2))
+    assert [s.sample for s in theirs] == samples and torch.equal(state, torch.random.get_rng_state())
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.error == b.error and np.array_equal(a.map, b.map)
+        assert a.error or (a.image == b.image and a.result == b.result)
+    with pytest.raises(InputError, match=r"3\.png"):
+        list(there.images(detector, samples, strict=True))
+
+    # Units: one node dies when two results are there.
+    folder = tmp_path / "began"
+    folder.mkdir()
+    units = [[(folder, 3 * unit + i) for i in range(3)] for unit in range(3)] + [[(folder, -1), (folder, 9)]]
+    found: dict[tuple[int, int], Any] = {}
+    for unit, place, result in there.units(slow_squares, units):
+        assert (unit, place) not in found
+        found[unit, place] = result
+        if len(found) == 2:
+            threading.Thread(target=cluster.remove_node, args=(second,)).start()
+    error = found.pop((3, 0))
+    assert isinstance(error, ValueError) and "no root" in str(error)
+    assert found == {(u, i): n * n for u, unit in enumerate(units) for i, (_, n) in enumerate(unit) if n >= 0}
+    # What the living node did was done once: only the unit that was on the lost one began again.
+    began = [int(path.name.rpartition("-")[0]) for path in folder.iterdir()]
+    again = {n // 3 for n in range(9) if began.count(n) > 1}
+    assert len(again) <= 1, began
+
+
+def test_no_cluster_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(UnavailableError, match="no Ray cluster"):
+        _ray.connect("127.0.0.1:1")
