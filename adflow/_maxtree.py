@@ -1,4 +1,4 @@
-"""The two sweeps behind :mod:`adflow.nfa`: a max-tree with its best regions, and the region count of a map.
+"""The sweeps behind regions: a max-tree with its best regions or its peaks, and the region count of a map.
 
 Pixels are visited in descending order and joined by union-find, so one sort is the only cost above linear.
 The kernels below are plain Python on flat sequences: with numba installed (``pip install adflow[fast]``) they
@@ -122,6 +122,20 @@ def _choose(
             label[p] = p
 
 
+def _crown(level: Any, up: Any, peak: Any) -> None:
+    """Raise ``peak``, the values of the ranks on entry, to the highest value of each rank's node.
+
+    Up: a parent is as high as its highest child. Down: ranks of one level that touch are one node, whose last rank
+    knows all of it.
+    """
+    for p in range(len(up)):
+        if peak[up[p]] < peak[p]:
+            peak[up[p]] = peak[p]
+    for p in range(len(up) - 1, -1, -1):
+        if level[up[p]] == level[p]:
+            peak[p] = peak[up[p]]
+
+
 def _count(order: Any, level: Any, stride: int, root: Any, limit: int, where: Any, counts: Any) -> int:
     """Record where the number of components of {map >= level} reaches a new maximum; return how many records.
 
@@ -167,7 +181,7 @@ def compiled() -> dict[str, Callable[..., Any]] | None:
     except ImportError:
         return None
     kernels: dict[str, Callable[..., Any]] = {}
-    for kernel in (_link, _choose, _count):
+    for kernel in (_link, _choose, _crown, _count):
         try:
             kernels[kernel.__name__] = numba.njit(cache=True, nogil=True)(kernel)
         except RuntimeError:  # numba finds no folder it may write its cache to
@@ -223,6 +237,41 @@ def _best_plain(
     level, unit, tests = levels.tolist(), units.tolist(), charge.tolist()
     _choose(level, unit, tests, up, area, kids, opened, best, value, kept, label)
     return np.array(up), np.array(area), np.array(value), np.array(label, dtype=np.int64)
+
+
+def own_peaks(score: Floats, floor: float) -> tuple[Ints, Floats, Floats, Ints]:
+    """Return, for the pixels of {score >= floor} in descending order, how high their region is and how many there are.
+
+    The region of a pixel p is the 4-connected component of {score >= score(p)} that holds p.
+
+    Args:
+        score: [h, w], finite or infinite.
+        floor: pixels below are not looked at.
+
+    Returns:
+        By rank: flat pixel index, value, highest value in the pixel's region, and number of components of
+        {score >= value}. The last means nothing but at the last rank of each value.
+    """
+    h, w = score.shape
+    flat = np.flatnonzero(score.ravel() >= floor)
+    flat = flat[np.argsort(-score.ravel()[flat], kind="stable")]
+    levels = score.ravel()[flat]
+    m, stride = len(flat), w + 1
+    order = flat + flat // w + stride + 1
+    padded = (h + 2) * stride + 1
+    kernels = compiled()
+    if kernels is None:
+        ranks, high = [0] * m, levels.tolist()
+        _link(order.tolist(), stride, [-1] * padded, [0] * m, ranks)
+        _crown(levels.tolist(), ranks, high)
+        up, peak = np.array(ranks, dtype=np.int64), np.array(high, dtype=levels.dtype)
+    else:
+        up, peak = np.empty(m, dtype=np.int64), levels.copy()
+        kernels["_link"](order, stride, np.full(padded, -1, dtype=np.int64), np.empty(m, dtype=np.int64), up)
+        kernels["_crown"](levels, up, peak)
+    # A pixel starts a component and ends those it joins.
+    joined = np.bincount(up[up != np.arange(m)], minlength=m)
+    return flat, levels, peak, np.cumsum(1 - joined)
 
 
 def count_records(score: Floats, limit: int) -> tuple[Floats, Ints]:

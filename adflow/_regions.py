@@ -10,15 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adflow._maxtree import count_records
+from adflow._maxtree import count_records, own_peaks
 from adflow.errors import InputError
 
 Array = npt.NDArray[Any]
-
-
-# Share of a peak's height above ordinary pixels at which its defect is outlined. Chosen on the test images of two data
-# sets (screw, U-Flow; magnetic tile, PaDiM; 0.3 to 0.8 tried); one level for all is what it is compared with.
-OUTLINE = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,22 +96,41 @@ def find_regions(
 
 
 def plain_regions(
-    score: Array,
-    threshold: float,
-    *,
-    grow_to: float = math.inf,
-    ordinary: float | None = None,
-    log10_nfa: Callable[[Array], Array] | None = None,
+    score: Array, threshold: float, *, log10_nfa: Callable[[Array], Array] | None = None
 ) -> tuple[npt.NDArray[np.bool_], list[Region]]:
-    """Return mask [H, W] and regions of {score > threshold}, outlined where that tells more.
+    """Return mask [H, W] and regions of {score > threshold}.
 
     Args:
         score: [H, W], higher = more anomalous.
-        threshold: what is detected: the components of {score > threshold}.
-        grow_to: outlines may go down to this level where it is below the threshold.
-        ordinary: level of ordinary pixels; given, each detection is outlined at ``OUTLINE`` of its peak's height
-            above it: a threshold low enough to find faint defects would outline strong ones by the reach of the
-            features. Every detection keeps one connected outline around its peak, so none is added.
+        threshold: a level of the map.
+        log10_nfa: peaks to log10 NFA, or None.
+
+    Raises:
+        InputError: not a map, NaN scores, or a threshold that is NaN.
+    """
+    score = _checked(score, threshold)
+    mask: npt.NDArray[np.bool_] = score > threshold
+    return mask, find_regions(score, mask, log10_nfa)
+
+
+def outlined_regions(
+    score: Array,
+    threshold: float,
+    outline: Callable[[Array], Array],
+    *,
+    log10_nfa: Callable[[Array], Array] | None = None,
+) -> tuple[npt.NDArray[np.bool_], list[Region]]:
+    """Return mask [H, W] and regions: every peak above ``threshold`` inside the outline that its height gives it.
+
+    The outline of a peak is the component of {score >= outline(peak)} around it; where that runs into a higher peak,
+    it ends above the saddle between the two. There are never more outlines than {score > t} has components at some
+    t >= threshold: surplus ones, the lowest, are dropped. So what was promised of the number of components holds for
+    the outlines.
+
+    Args:
+        score: [H, W], higher = more anomalous.
+        threshold: peaks must be higher.
+        outline: peaks to levels: not above the peak, rising with it.
         log10_nfa: peaks to log10 NFA, or None.
 
     Raises:
@@ -124,38 +138,27 @@ def plain_regions(
     """
     from scipy import ndimage
 
+    score = _checked(score, threshold)
+    mask = np.zeros(score.shape, dtype=bool)
+    if not (score > threshold).any():
+        return mask, []
+    flat, levels, peaks, counts = own_peaks(score, float(outline(np.array([threshold]))[0]))
+    mask.ravel()[flat[levels >= outline(peaks.astype(np.float64))]] = True
+    last = np.append(levels[1:] != levels[:-1], True) & (levels > threshold)
+    labels, count = ndimage.label(mask)
+    highest = ndimage.maximum(score, labels, np.arange(1, count + 1))
+    kept = np.argsort(-highest, kind="stable")[: min(int((highest > threshold).sum()), int(counts[last].max()))]
+    mask = np.isin(labels, kept + 1)
+    return mask, find_regions(score, mask, log10_nfa)
+
+
+def _checked(score: Array, threshold: float) -> Array:
     score = np.asarray(score)
     if score.ndim != 2 or score.size == 0 or np.isnan(score).any():
         raise InputError(f"a score map of shape {list(score.shape)} cannot be cut, expected [H, W] without NaN")
     if math.isnan(threshold):
         raise InputError("the threshold is NaN, expected a score level")
-    mask: npt.NDArray[np.bool_] = score > threshold
-    if ordinary is not None and mask.any():
-        mask = _outlined(score, mask, min(grow_to, threshold), ordinary)
-    elif grow_to < threshold and mask.any():
-        labels, count = ndimage.label(score > grow_to)
-        kept = np.zeros(count + 1, dtype=bool)
-        kept[labels[mask]] = True
-        mask = kept[labels]
-    return mask, find_regions(score, mask, log10_nfa)
-
-
-def _outlined(
-    score: Array, seeds: npt.NDArray[np.bool_], lowest: float, ordinary: float
-) -> npt.NDArray[np.bool_]:
-    """Return the union over seeds of the component around the seed's peak at ``OUTLINE`` of its height."""
-    from scipy import ndimage
-
-    labels, count = ndimage.label(seeds)
-    peaks = ndimage.maximum_position(score, labels, np.arange(1, count + 1))
-    mask = np.zeros(score.shape, dtype=bool)
-    # The highest first: a lower peak inside an outline that is there already belongs to that defect.
-    for y, x in sorted(peaks, key=lambda at: -float(score[at])):
-        if not mask[y, x]:
-            level = max(lowest, ordinary + OUTLINE * (float(score[y, x]) - ordinary))
-            parts, _ = ndimage.label(score >= level)
-            mask |= parts == parts[y, x]
-    return mask
+    return score
 
 
 def count_curve(score: Array, max_count: int = 256) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:

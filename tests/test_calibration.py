@@ -157,35 +157,65 @@ def test_a_curve_that_was_cut_is_never_trusted_below_its_end() -> None:
     assert Calibration.from_maps(maps, np.zeros(30)).threshold(1.5) < 21.0
 
 
-def test_outlines_add_no_region_and_follow_their_own_peak() -> None:
+def test_outlines_add_no_region_and_hold_to_their_level() -> None:
     maps = normal_maps(80, seed=2, side=48)
     calibration = calibrate(maps)
     pixels = np.sort(maps.ravel())[::-1]
     assert calibration.pixel_level == pixels[int(1e-3 * maps.size)]
-    level, base = calibration.threshold(0.1), calibration.pixel_median
-    assert level > calibration.pixel_level
-    for m in normal_maps(40, seed=9, side=48) * np.float32(1.5):
-        _, plain = plain_regions(m, level)
-        mask, regions = calibration.segment(m, level)
-        assert len(regions) <= len(plain) and bool(regions) == bool(plain)
-        for found in regions:
-            lowest = float(m[found.mask].min())
-            assert lowest >= min(calibration.pixel_level, base + 0.7 * (found.peak - base))
-            # Outlines that touch are one region with the higher peak.
-            assert found.peak > level
-        assert sum(region.area for region in regions) == mask.sum()
-        assert all(region.log10_nfa is not None and region.log10_nfa <= -1 for region in regions)
+    several = 0
+    for eps in (0.1, 1.0):
+        level = calibration.threshold(eps)
+        for m in normal_maps(40, seed=9, side=48) * np.float32(1.5):
+            mask, regions = calibration.segment(m, level)
+            levels = np.unique(m[m > level])
+            most = max((ndimage.label(m > u)[1] for u in [level, *levels]), default=0)
+            assert ndimage.label(mask)[1] == len(regions) <= most and bool(regions) == bool(most)
+            several += len(regions) > 1
+            for found in regions:
+                # The outline is a whole component: that at its level, or the largest without a higher peak.
+                lowest = float(m[found.mask].min())
+                at = float(calibration.outline(np.array([found.peak]))[0])
+                assert found.peak > level and lowest >= at
+                for wider in (lowest, float(m[m < lowest].max())):
+                    parts, _ = ndimage.label(m >= wider)
+                    around = parts == parts[found.mask][0]
+                    whole = around.sum() == found.area
+                    assert whole if wider == lowest else whole or wider < at or m[around].max() > found.peak
+                assert found.log10_nfa is not None and found.log10_nfa <= np.log10(eps)
+    assert several > 5
 
 
-def test_a_strong_blob_is_outlined_tighter_than_the_threshold_would() -> None:
+def test_a_defect_in_pieces_keeps_them_however_low_the_threshold() -> None:
     calibration = calibrate(normal_maps(40, seed=3, side=48))
-    level, base = calibration.threshold(0.3), calibration.pixel_median
+    base, unit = calibration.pixel_median, calibration.pixel_level - calibration.pixel_median
     y, x = np.mgrid[:48, :48]
-    peak = base + 10 * (level - base)
-    blob = base + (peak - base) * np.exp(-((y - 24) ** 2 + (x - 20) ** 2) / (2 * 6.0**2))
-    mask, regions = calibration.segment(blob.astype(np.float32), level)
-    np.testing.assert_array_equal(mask, blob >= base + 0.7 * (peak - base))
-    assert len(regions) == 1
+    pieces = [np.exp(-((y - 24) ** 2 + (x - c) ** 2) / (2 * 3.0**2)) for c in (17, 30)]
+    score = (base + unit * (6 * pieces[0] + 3 * pieces[1])).astype(np.float32)
+    masks = [calibration.segment(score, base + share * unit) for share in (0.4, 1.0)]
+    assert ndimage.label(score > base + 0.4 * unit)[1] == 1 and ndimage.label(score > base + unit)[1] == 2
+    np.testing.assert_array_equal(masks[0][0], masks[1][0])
+    assert len(masks[0][1]) == 2
+
+
+def test_an_outline_is_near_the_peak_of_faint_defects_and_bounded_for_strong_ones() -> None:
+    calibration = calibrate(normal_maps(40, seed=3, side=48))
+    base, unit = calibration.pixel_median, calibration.pixel_level - calibration.pixel_median
+    heights = np.array([-1.0, 0.0, 0.1, 1.0, 2.0, 100.0])
+    expected = [-1, 0, 0.1 / np.sqrt(1 + 0.05**2), 2 / np.sqrt(5), np.sqrt(2), 2 / np.sqrt(1 + 4e-4)]
+    np.testing.assert_allclose((calibration.outline(base + heights * unit) - base) / unit, expected, atol=1e-9)
+    flat = Calibration.from_maps(np.zeros((9, 4, 4), dtype=np.float32), np.zeros(9))
+    mask, regions = flat.segment(np.eye(4, dtype=np.float32), flat.threshold(0.1))
+    np.testing.assert_array_equal(mask, np.eye(4) > 0)
+    assert len(regions) == 4
+
+
+def test_without_a_compiler_outlines_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration = calibrate(normal_maps(40, seed=4))
+    maps = np.round(normal_maps(6, seed=5) * 4) / np.float32(4)
+    level = calibration.threshold(0.3)
+    compiled = [calibration.segment(m, level)[0] for m in maps]
+    monkeypatch.setattr("adflow._maxtree.compiled", lambda: None)
+    np.testing.assert_array_equal([calibration.segment(m, level)[0] for m in maps], compiled)
 
 
 def test_p_values_are_conformal() -> None:
@@ -260,10 +290,13 @@ def test_exchangeability_sees_sessions_and_memorised_fit_images() -> None:
     maps = normal_maps(60, 0)
     steady = Calibration.from_maps(maps, rng.normal(size=60))
     sessions = Calibration.from_maps(maps, rng.normal(size=60) + np.repeat([0, 2, 0], 20))
-    assert steady.exchangeability()["warning"] is None
+    assert steady.exchangeability()["warnings"] == []
     assert sessions.exchangeability()["blocks_p"] < 1e-3
-    assert "may not hold for the next session" in sessions.exchangeability()["warning"]
-    assert steady.exchangeability(rng.normal(-2, 1, 50))["fit_auc"] > 0.8
+    assert "may not hold for the next session" in sessions.exchangeability()["warnings"][0]
+    # Fit images that are remembered are expected; fit images that score higher are not.
+    remembered = steady.health(rng.normal(-2, 1, 50))
+    assert remembered["fit_auc"] > 0.8 and remembered["fit_p"] < 1e-3 and remembered["warnings"] == []
+    assert "defects among the training images" in steady.health(rng.normal(2, 1, 50))["warnings"][0]
     assert Calibration.from_maps(maps[:5], np.zeros(5)).exchangeability()["blocks_p"] is None
 
 

@@ -114,6 +114,8 @@ def fit(
             talk.warn("no calibration: the false-alarm rate of this detector is unknown")
         else:
             talk.say(_health(summary))
+            for line in summary["calibration"]["warnings"]:
+                talk.warn(line)
             talk.detail(f"calibration: {summary['calibration']}")
     if silent:
         return
@@ -140,9 +142,10 @@ def _health(summary: dict[str, Any]) -> str:
     rates = calibration["leave_one_out"].items()
     counts = ", ".join(f"{rate:.2g} at --nfa {eps}" for eps, rate in rates if rate is not None)
     text = f"false regions per good image, leave-one-out: {counts or 'too few images to say'}"
-    p_value = calibration.get("blocks_p")
-    if p_value is not None and p_value < 0.01:
-        text += f"; held-out images differ along the file order (p = {p_value:.1g}): the promise may not hold"
+    if "fit_auc" in calibration:
+        auc = calibration["fit_auc"]
+        alike = "alike" if calibration["fit_p"] >= 0.01 else "higher" if auc > 0.5 else "lower"
+        text += f"; held-out images score {alike} against fitted ones (AUC {auc:.2f})"
     if null:
         worst = min(null, key=lambda scale: scale["effective_dof"] / scale["dof"])
         state = "holds" if all(scale["trusted"] for scale in null) else "does not hold"

@@ -253,7 +253,9 @@ def fit_detector(
             detector, train, size, keep_aspect, options.strict, options.resources, progress
         )
     try:
-        learned, skipped = _learn(detector, train, chosen, held, options, size, keep_aspect, progress, features)
+        learned, skipped, fit_scores = _learn(
+            detector, train, chosen, held, options, size, keep_aspect, progress, features
+        )
     finally:
         if own is not None:
             own.close()
@@ -282,7 +284,7 @@ def fit_detector(
         "held_out": detector.provenance["held_out"],
         "skipped": skipped,
         "seconds": {"fit": round(learned - began, 3), "calibration": round(done - learned, 3)},
-        "calibration": None if detector.calibration is None else detector.calibration.health(),
+        "calibration": None if detector.calibration is None else detector.calibration.health(fit_scores),
         "null": _null_health(detector, [train[i] for i in held]) if gaussian else None,
         "digest": digest({k: v.cpu() for k, v in detector.learned().items()}, {}),
     }
@@ -298,8 +300,12 @@ def _learn(
     keep_aspect: bool,
     progress: Progress | None,
     features: TrainFeatures | None,
-) -> tuple[float, list[str]]:
-    """Fit on ``chosen`` and calibrate on ``held``, or out of fold; return when it had learned, and what was skipped."""
+) -> tuple[float, list[str], np.ndarray | None]:
+    """Fit on ``chosen`` and calibrate on ``held``, or out of fold.
+
+    Returns:
+        When it had learned, what was skipped, and the scores of about as many fit images as were held out.
+    """
     skipped: list[str] = [] if features is None else list(features.skipped)
 
     def learn(indices: Sequence[int], message: str) -> None:
@@ -327,12 +333,15 @@ def _learn(
             out_of_fold.append(calibrated(sorted(part.tolist())))
     learn(chosen, "fitted")
     learned = time.perf_counter()
+    fit_scores = None
     if out_of_fold:
         parts = [part for part in out_of_fold if part is not None]
         detector.calibration = Calibration.merge(parts) if parts else None
     elif held:
         detector.calibration = calibrated(held)
-    return learned, list(dict.fromkeys(skipped))
+        seen = calibrated(chosen[:: max(1, len(chosen) // len(held))])
+        fit_scores = None if seen is None else seen.scores
+    return learned, list(dict.fromkeys(skipped)), fit_scores
 
 
 def _calibration(
