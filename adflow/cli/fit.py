@@ -144,8 +144,8 @@ def _health(summary: dict[str, Any]) -> str:
     text = f"false regions per good image, leave-one-out: {counts or 'too few images to say'}"
     if "fit_auc" in calibration:
         auc = calibration["fit_auc"]
-        alike = "alike" if calibration["fit_p"] >= 0.01 else "higher" if auc > 0.5 else "lower"
-        text += f"; held-out images score {alike} against fitted ones (AUC {auc:.2f})"
+        side = "like" if calibration["fit_p"] >= 0.01 else "higher than" if auc > 0.5 else "lower than"
+        text += f"; held-out images score {side} fitted ones (AUC {auc:.2f})"
     if null:
         worst = min(null, key=lambda scale: scale["effective_dof"] / scale["dof"])
         state = "holds" if all(scale["trusted"] for scale in null) else "does not hold"
