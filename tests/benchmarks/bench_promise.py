@@ -4,8 +4,8 @@
 
 For every data set, method and seed of the hold-out: fit, calibrate on the held-out images, then count on the
 test images. Prints a table over seeds; intervals are 95 % bootstrap intervals over good test images and seeds.
-``IoU def.`` is over images with a marked defect only, and ``of oracle`` its share of what the best single threshold of the
-same maps reaches, chosen on the test set.
+``IoU def.`` is over images with a marked defect only, and ``of oracle`` its share of what the best single threshold of
+the same maps reaches, chosen on the test set.
 
 ``--cache`` keeps the maps of every data set, method and seed, so that another rule for thresholds or outlines
 needs no other fit; empty it when a method has changed.
@@ -125,9 +125,7 @@ def main() -> None:
     for spec in chosen.data:
         (data,) = open_data(spec)
         labels = np.array([sample.label for sample in data.test])
-        masks = [
-            mask_to(read_mask(s.mask), size) if s.mask is not None else np.zeros(size, bool) for s in data.test
-        ]
+        masks = [mask_to(read_mask(s.mask), size) if s.mask is not None else np.zeros(size, bool) for s in data.test]
         with tempfile.TemporaryDirectory() as temporary:
             cache = chosen.cache or Path(temporary)
             found: dict[str, list[dict[str, np.ndarray]]] = {}
