@@ -1,31 +1,26 @@
-"""Coreset, nearest neighbours, local banks and Gaussian statistics against plain twins and other libraries.
+"""Coreset, nearest neighbours, local banks and Gaussian statistics against plain twins, floors and other libraries.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_memory.py [--rows 80000] [--width 232] [--repeat 5]
+    python tests/benchmarks/bench_memory.py [--rows 80000] [--width 232] [--picks 400] [--rounds 3]
 
-Every row runs in turn, medians of the rounds: only ratios mean anything on a shared machine. The plain
-coreset loops are run for ``--picks`` picks only; their cost per pick does not change. "naive" does what the
-best known library's k-centre class does for every pick: the distance of all rows to the new centre by
-differences, then a minimum.
+Every side works in a process of its own, in turn. Only so many ``picks`` of a coreset are made: the cost per pick of the
+loops does not change. Quality of a coreset is its radius, the largest distance of a row to the nearest one kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+from _contest import Call, Sides, contest, cores, measured, show
 
-from adflow.methods._gaussian import PositionGaussians
-from adflow.methods._local_bank import LocalBank
-from adflow.methods._memory import greedy_coreset, half_norms, nearest, start_from_points
+POSITIONS, IMAGES, CHANNELS = 1024, 128, 100  # a quarter of the paper's 64 x 64 cells: cost is linear in them
 
 
 def features(rows: int, width: int) -> torch.Tensor:
     """Rows whose variances fall as those of whitened backbone features do, in some 50 clumps."""
+    torch.set_num_threads(cores())
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(50, width, generator=generator)
     noise = torch.randn(rows, width, generator=generator)
@@ -33,139 +28,241 @@ def features(rows: int, width: int) -> torch.Tensor:
     return (centres[kind] + noise) * torch.logspace(0, -1, width)
 
 
-def naive_coreset(rows: torch.Tensor, picks: int, start: torch.Tensor) -> list[int]:
-    reach, chosen = start.sqrt(), []
-    for _ in range(picks):
-        pick = int(reach.argmax())
-        chosen.append(pick)
-        reach = torch.minimum(reach, F.pairwise_distance(rows, rows[pick : pick + 1]))
-        reach[pick] = 0
-    return chosen
+# --- coresets ---------------------------------------------------------------------------------------------------
 
 
-def textbook_coreset(rows: torch.Tensor, picks: int, start: torch.Tensor) -> list[int]:
-    rows = rows - rows.mean(dim=0)
-    norms, reach, chosen = rows.square().sum(dim=1), start.clone(), []
-    for _ in range(picks):
-        pick = int(reach.argmax())
-        chosen.append(pick)
-        distance = torch.addmv(norms + norms[pick], rows, rows[pick], alpha=-2).clamp_(min=0)
-        reach = torch.minimum(reach, distance)
-        reach[pick] = -1
-    return chosen
+def adflow_coreset(rows: int, width: int, picks: int, projection: int) -> Call:
+    from adflow.methods._memory import choose_rows, random_projection
+
+    data = features(rows, width)
+
+    def call() -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(0)
+        with measured() as took:
+            chosen = choose_rows(data, picks, random_projection(width, projection, generator), generator)
+        return radius(data, chosen) | took
+
+    return call
 
 
-def medians(rows: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    for round_ in range(repeat + 1):
-        for name, run in rows.items():
-            start = time.perf_counter()
-            run()
-            if round_:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def textbook_coreset(rows: int, width: int, picks: int) -> Call:
+    """The plain twin: one matrix-vector product over all rows a pick."""
+    from adflow.methods._memory import start_from_points
+
+    data = features(rows, width)
+
+    def call() -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(0)
+        with measured() as took:
+            reach = start_from_points(data, torch.randperm(rows, generator=generator)[:10])
+            centred = data - data.mean(dim=0)
+            norms, chosen = centred.square().sum(dim=1), []
+            for _ in range(picks):
+                pick = int(reach.argmax())
+                chosen.append(pick)
+                distance = torch.addmv(norms + norms[pick], centred, centred[pick], alpha=-2).clamp_(min=0)
+                reach = torch.minimum(reach, distance)
+                reach[pick] = -1
+        return radius(data, torch.tensor(chosen)) | took
+
+    return call
 
 
-def show(title: str, rows: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    found = medians(rows, repeat)
-    first = next(iter(found.values()))
-    print(title)
-    for name, seconds in found.items():
-        print(f"  {name:52s} {1e3 * seconds:9.1f} ms   {seconds / first:6.2f} x ours")
-    return found
+def anomalib_coreset(rows: int, width: int, picks: int) -> Call:
+    from anomalib.models.components.sampling import KCenterGreedy
+
+    data = features(rows, width)
+
+    def call() -> dict[str, Any]:
+        torch.manual_seed(0)
+        with measured() as took:
+            chosen = KCenterGreedy(data, (picks + 0.5) / rows).select_coreset_idxs()
+        return radius(data, torch.tensor(chosen)) | took
+
+    return call
 
 
-def coresets(rows: torch.Tensor, picks: int, repeat: int) -> None:
-    start = start_from_points(rows, torch.arange(10))
-    radii = [
-        float(nearest(rows, rows[chosen])[0].max().sqrt())
-        for chosen in (greedy_coreset(rows, picks, start), textbook_coreset(rows, picks, start))
-    ]
-    # The same picks but for ties within float32 rounding, after which orders may part.
-    show(
-        f"coreset: {picks} of {len(rows)} rows of {rows.shape[1]} numbers, "
-        f"radius {radii[0]:.4f} (textbook {radii[1]:.4f})",
-        {
-            "adflow": lambda: greedy_coreset(rows, picks, start),
-            "textbook loop, one matrix-vector product a pick": lambda: textbook_coreset(rows, picks, start),
-            "naive loop, differences to all rows a pick": lambda: naive_coreset(rows, picks, start),
-        },
-        repeat,
-    )
+def radius(data: torch.Tensor, chosen: torch.Tensor) -> dict[str, Any]:
+    from adflow.methods._memory import nearest
+
+    return {"radius": float(nearest(data, data[chosen])[0].max().sqrt())}
 
 
-def neighbours(rows: torch.Tensor, repeat: int) -> None:
-    bank, queries = rows[:8192].contiguous(), rows[-784:].contiguous()
+def coresets(rows: int, width: int, picks: int) -> Sides:
+    return {
+        "adflow, as PatchCore does, on 128 projected numbers": (adflow_coreset, rows, width, picks, 128),
+        "adflow, on all numbers": (adflow_coreset, rows, width, picks, width),
+        "textbook loop, one matrix-vector product a pick": (textbook_coreset, rows, width, picks),
+        "anomalib KCenterGreedy": (anomalib_coreset, rows, width, picks),
+    }
+
+
+# --- nearest neighbours -----------------------------------------------------------------------------------------
+
+
+def adflow_nearest(width: int, k: int) -> Call:
+    from adflow.methods._memory import half_norms, nearest
+
+    bank, queries = _bank(width)
     halves = half_norms(bank)
-    for k in (1, 9):
-        found: dict[str, Callable[[], object]] = {
-            "adflow, blocks, nearest measured directly": lambda k=k: nearest(queries, bank, k, halves),
-            "torch.cdist + topk": lambda k=k: torch.cdist(queries, bank).topk(k, largest=False),
-        }
-        try:
-            from sklearn.neighbors import NearestNeighbors
-        except ImportError:
-            pass
-        else:
-            tree = NearestNeighbors(n_neighbors=k, algorithm="brute", n_jobs=1).fit(bank.numpy())
-            found["scikit-learn, brute force"] = lambda tree=tree: tree.kneighbors(queries.numpy())
-        show(f"{k} nearest of 8192 rows of {rows.shape[1]} numbers, 784 queries", found, repeat)
+    return lambda: _distances(nearest(queries, bank, k, halves)[0].sqrt())
 
 
-def local_banks(repeat: int) -> None:
+def cdist_nearest(width: int, k: int) -> Call:
+    bank, queries = _bank(width)
+    return lambda: _distances(torch.cdist(queries, bank).topk(k, largest=False).values)
+
+
+def sklearn_nearest(width: int, k: int) -> Call:
+    from sklearn.neighbors import NearestNeighbors
+
+    bank, queries = _bank(width)
+    tree = NearestNeighbors(n_neighbors=k, algorithm="brute", n_jobs=1).fit(bank.numpy())
+    return lambda: _distances(torch.from_numpy(tree.kneighbors(queries.numpy())[0]))
+
+
+def product(width: int) -> Call:
+    bank, queries = _bank(width)
+
+    def call() -> None:
+        torch.mm(queries, bank.T)
+
+    return call
+
+
+def _bank(width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = features(16384, width)
+    return rows[:8192].contiguous(), rows[-784:].contiguous()
+
+
+def _distances(found: torch.Tensor) -> dict[str, Any]:
+    return {"mean distance": float(found.mean())}
+
+
+def neighbours(width: int, k: int) -> Sides:
+    return {
+        "adflow, blocks, nearest measured directly": (adflow_nearest, width, k),
+        "torch.cdist + topk": (cdist_nearest, width, k),
+        "scikit-learn, brute force": (sklearn_nearest, width, k),
+        "one matrix product of that size (floor)": (product, width),
+    }
+
+
+# --- local banks ------------------------------------------------------------------------------------------------
+
+
+def _local() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.set_num_threads(cores())
     generator = torch.Generator().manual_seed(0)
-    bank = torch.randn(320, 256, 128, generator=generator)
-    query = torch.randn(1, 256, 128, generator=generator)
+    return torch.randn(320, 256, 128, generator=generator), torch.randn(1, 256, 128, generator=generator)
+
+
+def adflow_local() -> Call:
+    from adflow.methods._local_bank import LocalBank
+
+    bank, query = _local()
     local = LocalBank((16, 16), 128, 1)
     local.start(512)
     local.add(bank)
     local.finish()
+
+    def call() -> None:
+        local(query)
+
+    return call
+
+
+def local_by_cell() -> Call:
+    bank, query = _local()
     cells = [
         [16 * j + i for j in range(16) for i in range(16) if abs(j - y) <= 1 and abs(i - x) <= 1]
         for y in range(16)
         for x in range(16)
     ]
 
-    def by_cell() -> list[torch.Tensor]:
-        return [torch.cdist(query[:, p], bank[:, c].flatten(0, 1)).amin() for p, c in enumerate(cells)]
+    def call() -> None:
+        for p, c in enumerate(cells):
+            torch.cdist(query[:, p], bank[:, c].flatten(0, 1)).amin()
 
-    show(
-        "local neighbours of one image: 16 x 16 cells, 3 x 3 around, 320 images, 128 numbers",
-        {"adflow, one batched product": lambda: local(query), "torch.cdist cell by cell": by_cell},
-        repeat,
-    )
+    return call
 
 
-def gaussians(repeat: int) -> None:
-    vectors = torch.randn(320, 256, 100, generator=torch.Generator().manual_seed(0))
+LOCAL: Sides = {"adflow, one batched product": (adflow_local,), "torch.cdist cell by cell": (local_by_cell,)}
 
-    def ours() -> None:
-        PositionGaussians(256, 100).fit(lambda: vectors.split(32), whiten=False, ridge=0.01)
+# --- statistics of PaDiM ----------------------------------------------------------------------------------------
 
-    def by_position() -> None:
-        values = vectors.numpy()
-        for p in range(256):
-            np.linalg.inv(np.cov(values[:, p].T) + 0.01 * np.eye(100))
 
-    show(
-        "PaDiM statistics: 320 images, 256 positions, 100 channels, float64, factor or inverse",
-        {"adflow, streamed, batched Cholesky": ours, "numpy.cov and inv, position by position": by_position},
-        repeat,
-    )
+def _vectors() -> torch.Tensor:
+    torch.set_num_threads(cores())
+    return torch.randn(IMAGES, POSITIONS, CHANNELS, generator=torch.Generator().manual_seed(0))
+
+
+def adflow_gaussians() -> Call:
+    from adflow.methods._gaussian import PositionGaussians
+
+    vectors = _vectors()
+
+    def call() -> dict[str, Any]:
+        model = PositionGaussians(POSITIONS, CHANNELS)
+        model.fit(lambda: vectors.split(32), whiten=False, ridge=0.01)
+        return {"mean distance": float(model(vectors[:1]).sqrt().mean())}
+
+    return call
+
+
+def anomalib_gaussians() -> Call:
+    from anomalib.models.components import MultiVariateGaussian
+
+    vectors = _vectors()
+    side = round(POSITIONS**0.5)
+    embedding = vectors.transpose(1, 2).reshape(IMAGES, CHANNELS, side, side).contiguous()
+
+    def call() -> dict[str, Any]:
+        mean, inverse = MultiVariateGaussian().fit(embedding)
+        centred = vectors[0] - mean.T  # [P, C]
+        return {"mean distance": float(torch.einsum("pc,pcd,pd->p", centred, inverse, centred).sqrt().mean())}
+
+    return call
+
+
+def numpy_gaussians() -> Call:
+    values = _vectors().numpy()
+
+    def call() -> dict[str, Any]:
+        total = 0.0
+        for p in range(POSITIONS):
+            inverse = np.linalg.inv(np.cov(values[:, p].T) + 0.01 * np.eye(CHANNELS))
+            centred = values[0, p] - values[:, p].mean(axis=0)
+            total += float(np.sqrt(centred @ inverse @ centred))
+        return {"mean distance": total / POSITIONS}
+
+    return call
+
+
+GAUSSIANS: Sides = {
+    "adflow, streamed, batched Cholesky, float64": (adflow_gaussians,),
+    "anomalib MultiVariateGaussian": (anomalib_gaussians,),
+    "numpy.cov and inv, position by position": (numpy_gaussians,),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Benchmarks of adflow's memory banks.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=80_000)
     parser.add_argument("--width", type=int, default=232)
-    parser.add_argument("--picks", type=int, default=300)
-    parser.add_argument("--repeat", type=int, default=5)
-    arguments = parser.parse_args()
-    rows = features(arguments.rows, arguments.width)
-    coresets(rows, arguments.picks, min(2, arguments.repeat))
-    neighbours(rows, arguments.repeat)
-    local_banks(arguments.repeat)
-    gaussians(min(3, arguments.repeat))
+    parser.add_argument("--picks", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    title = f"coreset: {given.picks} of {given.rows} rows of {given.width} numbers"
+    slow = ("textbook loop, one matrix-vector product a pick", "anomalib KCenterGreedy")
+    show(title, contest(coresets(given.rows, given.width, given.picks), given.rounds, once=slow), over_data=True)
+    for k in (1, 9):
+        title = f"{k} nearest of 8192 rows of {given.width} numbers, 784 queries"
+        show(title, contest(neighbours(given.width, k), given.rounds), over_data=True)
+    title = "local neighbours of one image: 16 x 16 cells, 3 x 3 around, 320 images, 128 numbers"
+    show(title, contest(LOCAL, given.rounds), over_data=True)
+    title = f"PaDiM statistics: {IMAGES} images, {POSITIONS} positions, {CHANNELS} channels"
+    show(title, contest(GAUSSIANS, given.rounds), over_data=True)
 
 
 if __name__ == "__main__":

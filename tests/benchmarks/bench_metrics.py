@@ -1,24 +1,19 @@
-"""Pixel metrics against the floor of one ``np.sort`` of the same pixels in the same process, and the peers.
+"""Pixel metrics against the floor of one ``np.sort`` of the same pixels, and against the peers.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_metrics.py [--maps 100] [--size 512] [--repeat 5]
+    python tests/benchmarks/bench_metrics.py [--maps 100] [--size 512] [--rounds 5]
 
-Times are medians of rounds in which every row runs once, in turn, so that a busy machine slows all of them
-alike; only the ratios mean anything. Peak memory over the data is that of tracemalloc, in a round of its own.
-Rows of scikit-learn, torchmetrics and ADEval appear where they are installed.
+Every side computes its figures of the same maps in a process of its own, in turn; memory is what it holds on top of maps
+and masks. Peers that are not installed are named and left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-import tracemalloc
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from _contest import Call, Sides, contest, show
 from scipy import ndimage
-
-from adflow import metrics
 
 
 def data(n: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -37,86 +32,114 @@ def data(n: int, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return maps, masks
 
 
-def streaming(maps: np.ndarray, masks: np.ndarray) -> metrics.PixelMetrics:
-    stream = metrics.StreamingPixelMetrics()
-    for one, mask in zip(maps, masks, strict=True):
-        stream.add(one, mask)
-    return stream.result()
+def floor(n: int, size: int) -> Call:
+    maps, _ = data(n, size)
+
+    def call() -> None:
+        np.sort(maps, axis=None)
+
+    return call
 
 
-def rows(maps: np.ndarray, masks: np.ndarray) -> dict[str, Callable[[], object]]:
-    found: dict[str, Callable[[], object]] = {
-        "np.sort of the pixels (floor)": lambda: np.sort(maps, axis=None),
-        "adflow exact: AUROC, AP, F1, AUPRO": lambda: metrics.pixel_metrics(maps, masks),
-        "adflow streaming: the same": lambda: streaming(maps, masks),
+def exact(n: int, size: int) -> Call:
+    from adflow import metrics
+
+    maps, masks = data(n, size)
+    return lambda: _figures(metrics.pixel_metrics(maps, masks))
+
+
+def streaming(n: int, size: int) -> Call:
+    from adflow import metrics
+
+    maps, masks = data(n, size)
+
+    def call() -> dict[str, Any]:
+        stream = metrics.StreamingPixelMetrics()
+        for one, mask in zip(maps, masks, strict=True):
+            stream.add(one, mask)
+        found = stream.result()
+        return _figures(found) | {f"{name} bound": bound for name, bound in found.bounds.items()}
+
+    return call
+
+
+def _figures(found: Any) -> dict[str, Any]:
+    return {"auroc": found.auroc, "ap": found.ap, "aupro": found.aupro}
+
+
+def scikit_learn(n: int, size: int) -> Call:
+    from sklearn.metrics import roc_auc_score
+
+    maps, masks = data(n, size)
+    return lambda: {"auroc": float(roc_auc_score(masks.ravel(), maps.ravel()))}
+
+
+def torchmetrics_and_anomalib(n: int, size: int) -> Call:
+    import torch
+    from anomalib.metrics.aupro import _AUPRO
+    from torchmetrics.functional.classification import binary_auroc
+
+    maps, masks = data(n, size)
+    # Scores outside [0, 1] would be put through a sigmoid, which merges the large ones in float32.
+    low, high = maps.min(), maps.max()
+    scores, truth = torch.from_numpy((maps - low) / (high - low)), torch.from_numpy(masks)
+
+    def call() -> dict[str, Any]:
+        auroc = binary_auroc(scores.flatten(), truth.flatten())
+        aupro = _AUPRO()
+        aupro.update(scores, truth.int())
+        return {"auroc": float(auroc), "aupro": float(aupro.compute())}
+
+    return call
+
+
+def adeval(n: int, size: int) -> Call:
+    import torch
+    from adeval import EvalAccumulatorCuda
+
+    if not hasattr(np, "trapz"):
+        np.trapz = np.trapezoid  # type: ignore[attr-defined]  # the old name, which ADEval 1.1 calls
+    maps, masks = data(n, size)
+    low, high = float(maps.min()), float(maps.max())
+    pairs = [(torch.from_numpy(m), torch.from_numpy(t.astype(np.uint8))) for m, t in zip(maps, masks, strict=True)]
+
+    def call() -> dict[str, Any]:
+        counter = EvalAccumulatorCuda(low, high, low, high, nstrips=1000)
+        for one, mask in pairs:
+            counter.add_anomap(one, mask)
+        found = counter.summary()
+        return {"auroc": found["p_auroc"], "ap": found["p_aupr"], "aupro": found["p_aupro"]}
+
+    return call
+
+
+SLOW = ("scikit-learn: AUROC", "torchmetrics AUROC + anomalib AUPRO")
+
+
+def sides(n: int, size: int) -> Sides:
+    """Return the sides by name; the first is the one the others are compared with."""
+    return {
+        "adflow exact: AUROC, AP, F1, AUPRO": (exact, n, size),
+        "adflow streaming: the same": (streaming, n, size),
+        "np.sort of the pixels (floor)": (floor, n, size),
+        "scikit-learn: AUROC": (scikit_learn, n, size),
+        "torchmetrics AUROC + anomalib AUPRO": (torchmetrics_and_anomalib, n, size),
+        "ADEval, 1,000 bins: AUROC, AP, AUPRO": (adeval, n, size),
     }
-    try:
-        from sklearn.metrics import roc_auc_score
-    except ImportError:
-        pass
-    else:
-        found["scikit-learn: AUROC"] = lambda: roc_auc_score(masks.ravel(), maps.ravel())
-    try:
-        import torch
-        from torchmetrics.functional.classification import binary_auroc
-    except ImportError:
-        pass
-    else:
-        low, high = maps.min(), maps.max()  # in [0, 1], so that it applies no sigmoid
-        found["torchmetrics: AUROC"] = lambda: binary_auroc(
-            torch.from_numpy(((maps - low) / (high - low)).ravel()), torch.from_numpy(masks.ravel())
-        )
-    try:
-        from adeval import EvalAccumulatorCuda
-    except ImportError:
-        pass
-    else:
-
-        def adeval() -> object:
-            low, high = float(maps.min()), float(maps.max())
-            counter = EvalAccumulatorCuda(low, high, low, high, nstrips=1000)
-            for one, mask in zip(maps, masks, strict=True):
-                counter.add_anomap(torch.from_numpy(one), torch.from_numpy(mask.astype(np.uint8)))
-            return counter.summary()
-
-        found["ADEval, 1,000 bins: AUROC, AP, AUPRO"] = adeval
-    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--maps", type=int, default=100)
     parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    maps, masks = data(options.maps, options.size)
-    seconds: dict[str, list[float]] = {}
-    calls = rows(maps, masks)
-    slow = {name for name in calls if name.startswith(("scikit", "torchm"))}
-    for turn in range(options.repeat + 1):  # the first round warms caches and is dropped
-        for name, call in calls.items():
-            if name in slow and turn > 2:
-                continue
-            start = time.perf_counter()
-            call()
-            if turn:
-                seconds.setdefault(name, []).append(time.perf_counter() - start)
-    floor = statistics.median(seconds["np.sort of the pixels (floor)"])
-    print(f"{options.maps} maps of {options.size}x{options.size}, {masks.mean():.1%} of the pixels on a mask")
-    print(f"{'':44s} {'seconds':>8s} {'x floor':>8s} {'peak bytes/pixel':>17s}")
-    for name, call in calls.items():
-        tracemalloc.start()
-        call()
-        peak = tracemalloc.get_traced_memory()[1] / maps.size
-        tracemalloc.stop()
-        median = statistics.median(seconds[name])
-        print(f"{name:44s} {median:8.3f} {median / floor:8.2f} {peak:17.2f}")
-    exact, stream = metrics.pixel_metrics(maps, masks), streaming(maps, masks)
-    for name, bound in stream.bounds.items():
-        error = abs(getattr(stream, name) - getattr(exact, name))
-        print(f"streaming {name:7s} {getattr(stream, name):.6f}  error {error:.1e}  bound {bound:.1e}")
+    found = contest(sides(options.maps, options.size), options.rounds, once=SLOW)
+    show(f"pixel metrics of {options.maps} maps of {options.size}x{options.size}", found, over_data=True)
+    stream = found["adflow streaming: the same"].result
+    for name in ("auroc", "ap", "aupro"):
+        error = abs(stream[name] - found["adflow exact: AUROC, AP, F1, AUPRO"].result[name])
+        print(f"streaming {name:7s} {stream[name]:.6f}  error {error:.1e}  bound {stream[f'{name} bound']:.1e}")
 
 
 if __name__ == "__main__":
