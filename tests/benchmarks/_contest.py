@@ -58,8 +58,11 @@ class Outcome:
 
     @property
     def spread(self) -> float:
-        """Return half the distance between the slowest and the fastest round, as a share of the median."""
-        return (max(self.seconds) - min(self.seconds)) / 2 / self.median if self.seconds else float("nan")
+        """Return half the distance between the quartiles of the rounds, as a share of the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / 2 / self.median
 
 
 def cores() -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import numpy as np
 import torch
 from _contest import Call, Sides, contest, cores, measured, show
 
@@ -225,24 +224,9 @@ def anomalib_gaussians() -> Call:
     return call
 
 
-def numpy_gaussians() -> Call:
-    values = _vectors().numpy()
-
-    def call() -> dict[str, Any]:
-        total = 0.0
-        for p in range(POSITIONS):
-            inverse = np.linalg.inv(np.cov(values[:, p].T) + 0.01 * np.eye(CHANNELS))
-            centred = values[0, p] - values[:, p].mean(axis=0)
-            total += float(np.sqrt(centred @ inverse @ centred))
-        return {"mean distance": total / POSITIONS}
-
-    return call
-
-
 GAUSSIANS: Sides = {
     "adflow, streamed, batched Cholesky, float64": (adflow_gaussians,),
     "anomalib MultiVariateGaussian": (anomalib_gaussians,),
-    "numpy.cov and inv, position by position": (numpy_gaussians,),
 }
 
 

@@ -8,6 +8,7 @@ second, the path without numba at most 5 x slower, compilation under 3 s, growth
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -57,6 +58,13 @@ def plain(z: list[np.ndarray]) -> None:
 
 
 Call = Callable[[list[np.ndarray]], None]
+
+
+def side(which: str, shapes: list[tuple[int, int]]) -> Callable[[], None]:
+    """Return a call for ``_contest``: every time latents of its own, so that no cache helps."""
+    work = {"adflow": tree, "adflow without numba": plain, "floor": floor}[which]
+    rounds = itertools.cycle([latents(shapes, seed) for seed in range(8)])
+    return lambda: work(next(rounds))
 
 
 def medians(calls: list[Call], shapes: list[tuple[int, int]]) -> list[float]:

@@ -1,0 +1,156 @@
+"""The one table: adflow beside its peers and the floors, on the same images, weights and cores, and whether the bars hold.
+
+    pip install -e ".[bench]"
+    python tests/benchmarks/bench_peers.py FOLDER [--only fit,predict,metrics,memory,nfa] [--cache FILE]
+
+FOLDER is laid out like MVTec AD (train/good, test, ground_truth). A part that is in the cache is read, not run again, so
+that the table can be put together in pieces; without a cache everything runs: about an hour on two cores, most of it the
+peers' fits. Sides of one comparison run in turn, each in a process of its own, with as many threads as there are cores.
+Seconds are medians of wall time; ratios are those of processor seconds, all threads and child processes together, because
+other work on the machine changes these least. ``taskset -c 0`` in front gives every side one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import bench_fit
+import bench_memory
+import bench_metrics
+import bench_nfa
+import bench_predict
+from _contest import Outcome, Sides, cached, cores, lines
+
+PARTS = ("fit", "predict", "metrics", "memory", "nfa")
+ROUNDS = 5
+Found = dict[str, Outcome]
+
+
+def ratio(found: Mapping[str, Outcome], slow: str, quick: str) -> float:
+    """Return how often the processor seconds of ``quick`` go into those of ``slow``; NaN when one did not run."""
+    sides = [next((one for name, one in found.items() if name.startswith(start)), Outcome()) for start in (slow, quick)]
+    return sides[0].effort / sides[1].effort
+
+
+class Table:
+    """Prints comparisons as they come and remembers what the bars ask for."""
+
+    def __init__(self, cache: Path | None) -> None:
+        self.cache = cache
+        self.bars: list[str] = []
+
+    def run(self, section: str, title: str, sides: Sides, rounds: int = ROUNDS, *, over_data: bool = False) -> Found:
+        found = cached(section, sides, self.cache, rounds, warm=rounds > 1)
+        self.show(title, found, over_data=over_data)
+        return found
+
+    def show(self, title: str, found: Found, *, over_data: bool = False) -> None:
+        print(f"\n{title}\n\n" + "\n".join(lines(found, over_data=over_data)), flush=True)
+
+    def bar(self, what: str, value: float, bound: float, *, at_most: bool = False) -> None:
+        if value == value:
+            held = value <= bound if at_most else value >= bound
+            wanted = f"{'at most' if at_most else 'at least'} {bound:g}"
+            self.bars.append(f"| {what} | {wanted} | {value:.2f} | {'yes' if held else 'no'} |")
+
+
+def fit(table: Table, folder: Path, methods: list[str]) -> None:
+    for method in methods:
+        found = bench_fit.contests(folder, method, table.cache)
+        table.show(f"Fit, {method}, {folder.name}", found)
+        value = ratio(found, f"anomalib {method}", f"adflow {method}, recipe fast")
+        if method in ("cflow", "padim"):
+            table.bar(f"fit {method}: anomalib's one pass / adflow's fit", value, 10 if method == "cflow" else 5)
+
+
+def predict(table: Table, folder: Path, images: int) -> None:
+    for method in ("padim", "cflow"):
+        sides = bench_predict.sides(str(folder), method, images)
+        found = cached(f"predict/{folder.name}/{cores()} cores", sides, table.cache, ROUNDS, warm=True)
+        bench_predict.rates(found, images)
+        table.show(f"Score {images} images of {folder.name} from files, {method}", found)
+        for batch in (16, 1):
+            value = ratio(found, f"anomalib predict, {method}, batches of {batch}", "adflow")
+            table.bar(f"score {method} from files / anomalib's predict, batches of {batch}", value, 3)
+        encoder = min((one for name, one in found.items() if "encoder" in name), key=lambda one: one.median)
+        table.bar(f"score {method} from files / encoder alone", encoder.effort / next(iter(found.values())).effort, 0.7)
+
+
+def metrics(table: Table) -> None:
+    found: Found = {}
+    sides = bench_metrics.sides(100, 512)
+    quick = {name: side for name, side in sides.items() if name not in bench_metrics.SLOW}
+    found = cached("metrics", quick, table.cache, ROUNDS, warm=True)
+    found |= cached("metrics", {name: sides[name] for name in bench_metrics.SLOW}, table.cache)
+    table.show("Pixel metrics of 100 maps of 512 x 512", found, over_data=True)
+    table.bar("pixel metrics: torchmetrics + anomalib / adflow exact", ratio(found, "torchm", "adflow exact"), 20)
+    table.bar("pixel metrics: adflow exact / one np.sort", ratio(found, "adflow exact", "np.sort"), 3, at_most=True)
+
+
+def memory(table: Table) -> None:
+    rows, width, picks = 80_000, 232, 400
+    sides = bench_memory.coresets(rows, width, picks)
+    title = f"Coreset: {picks} of {rows} rows of {width} numbers"
+    found = table.run("memory/coreset", title, sides, 1, over_data=True)
+    table.bar("coreset: anomalib / adflow", ratio(found, "anomalib", "adflow, as PatchCore"), 4)
+    for k in (1, 9):
+        title = f"{k} nearest of 8192 rows of {width} numbers, 784 queries"
+        table.run(f"memory/nearest {k}", title, bench_memory.neighbours(width, k), over_data=True)
+    title = "Local neighbours of one image: 16 x 16 cells, 3 x 3 around, 320 images, 128 numbers"
+    table.run("memory/local", title, bench_memory.LOCAL, over_data=True)
+    title = (
+        f"Statistics of PaDiM: {bench_memory.IMAGES} images, {bench_memory.POSITIONS} positions, "
+        f"{bench_memory.CHANNELS} channels"
+    )
+    table.run("memory/gaussians", title, bench_memory.GAUSSIANS, 3, over_data=True)
+
+
+def nfa(table: Table) -> None:
+    for shapes, bound in zip(bench_nfa.SHAPES, (4.0, 6.0), strict=False):
+        label = " + ".join(f"{c} x {s}²" for c, s in shapes)
+        sides = {name: (bench_nfa.side, name, shapes) for name in ("adflow", "adflow without numba", "floor")}
+        found = table.run(f"nfa/{label}", f"NFA tree of latents {label}", sides, 25, over_data=True)
+        name = f"NFA tree, {label}: adflow / one sum of squares and one sort"
+        table.bar(name, ratio(found, "adflow", "floor"), bound, at_most=True)
+
+
+def environment() -> str:
+    parts = [f"{cores()} cores of {platform.machine()}", f"Python {platform.python_version()}"]
+    for package in ("torch", "numpy", "anomalib", "scikit-learn", "torchmetrics", "ADEval", "timm"):
+        try:
+            parts.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            parts.append(f"{package} not installed")
+    return ", ".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--methods", default=",".join(bench_fit.METHODS), help="of the fits")
+    parser.add_argument("--images", type=int, default=83, help="to score")
+    parser.add_argument("--cache", type=Path, help="JSON file of results")
+    given = parser.parse_args()
+    folder, wanted, table = given.folder.resolve(), given.only.split(","), Table(given.cache)
+    print(environment())
+    if "metrics" in wanted:
+        metrics(table)
+    if "memory" in wanted:
+        memory(table)
+    if "nfa" in wanted:
+        nfa(table)
+    if "predict" in wanted:
+        predict(table, folder, given.images)
+    if "fit" in wanted:
+        fit(table, folder, given.methods.split(","))
+    print("\n| bar | wanted | measured | held |\n|---|---|---|---|")
+    print("\n".join(table.bars))
+
+
+if __name__ == "__main__":
+    main()
