@@ -103,10 +103,8 @@ def test_whitening_leaves_a_dead_channel_dead() -> None:
 def test_distances_are_those_of_solving_by_position(rank: int | None, whiten: bool) -> None:
     vectors, new = correlated(40, 5, 6), correlated(3, 5, 6, seed=9)
     model = PositionGaussians(5, 6, rank)
-    # Room for two positions: three passes, the last one not full.
-    white = model.fit(
-        lambda: vectors.split(16), whiten=whiten, ridge=0.01, shrinkage=0.2 * whiten, work=2 * 48 * 36
-    )
+    # Room for the scatter of three positions and to work on one: two passes, the last one not full.
+    white = model.fit(lambda: vectors.split(16), whiten=whiten, ridge=0.01, shrinkage=0.2 * whiten, work=48 * 36)
     for p in range(5):
         x = vectors[:, p].double()
         covariance = torch.cov(x.T)

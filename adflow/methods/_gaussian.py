@@ -97,12 +97,19 @@ class PositionGaussians(nn.Module):
         """
         positions, width = self.mean_.shape
         white = global_whitening(batches, width, ridge) if whiten else None
-        step = max(1, min(positions, work // self._work(width)))
-        for start in range(0, positions, step):
-            part = slice(start, min(start + step, positions))
-            self.learn(self.statistics(batches, part), white, part, ridge=ridge, shrinkage=shrinkage)
-            if progress:
-                progress(part.stop, positions, "position Gaussians")
+        # A pass over the data costs more than what is learned from it: half of the room holds as many scatters as it
+        # can, the other half is to work in.
+        held = max(1, work // 2 // (8 * width * width))
+        step = max(1, work // 2 // self._work(width))
+        for first in range(0, positions, held):
+            last = min(first + held, positions)
+            moments = self.statistics(batches, slice(first, last))
+            for start in range(first, last, step):
+                part = slice(start, min(start + step, last))
+                here = moments.at(slice(part.start - first, part.stop - first))
+                self.learn(here, white, part, ridge=ridge, shrinkage=shrinkage)
+                if progress:
+                    progress(part.stop, positions, "position Gaussians")
         return white
 
     @staticmethod
@@ -122,14 +129,13 @@ class PositionGaussians(nn.Module):
     ) -> None:
         """Turn the moments of some ``positions`` into the model there."""
         covariance = moments.covariance()
-        if white is None:
-            basis = torch.eye(covariance.shape[-1], dtype=torch.float64)
-            covariance.diagonal(dim1=1, dim2=2).add_(ridge)
-        else:
-            basis = white.matrix()
-            covariance = shrink(basis.T @ covariance @ basis, shrinkage)
         self.mean_[positions] = moments.mean.float()
         if self.rank:
+            basis = torch.eye(covariance.shape[-1], dtype=torch.float64) if white is None else white.matrix()
+            if white is None:
+                covariance.diagonal(dim1=1, dim2=2).add_(ridge)
+            else:
+                covariance = shrink(basis.T @ covariance @ basis, shrinkage)
             values, axes = torch.linalg.eigh(covariance)  # ascending
             tail, top = values[:, : -self.rank].mean(dim=1, keepdim=True), values[:, -self.rank :]
             # |x|^2 / tail - sum_j (1 / tail - 1 / value_j) (axis_j . x)^2: one product with [d, rank].
@@ -140,10 +146,18 @@ class PositionGaussians(nn.Module):
             self.basis_.copy_(basis)
             others = values.shape[1] - self.rank
             spread = top.log().sum(dim=1) + others * tail.squeeze(1).log()
-        else:
+        elif white is None:
+            covariance.diagonal(dim1=1, dim2=2).add_(ridge)
             inverse, spread = inverse_factor(covariance)
-            # |A W^T (x - m)|: the basis goes into the factor, so that scoring is one product a position.
-            self.inverse_[positions] = (inverse @ basis.T).transpose(1, 2).float()
+            self.inverse_[positions] = inverse.transpose(1, 2).float()
+        else:
+            # With z = x W the model is (1 - l) W^T S W + l I, and |z - m|^2 under it is |x - m|^2 under
+            # (1 - l) S + l (W W^T)^-1: no product per position. log det differs by that of (W W^T)^-1.
+            back = torch.linalg.inv(white.matrix())
+            world = back.T @ back
+            inverse, spread = inverse_factor(torch.lerp(covariance, world, shrinkage))
+            self.inverse_[positions] = inverse.transpose(1, 2).float()
+            spread = spread - torch.linalg.slogdet(world).logabsdet
         self.log_det_[positions] = spread.float()
 
     def forward(self, vectors: Tensor) -> Tensor:

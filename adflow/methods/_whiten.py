@@ -54,6 +54,12 @@ class Moments:
         self._shift(mean, vectors.shape[0])
         self.scatter.baddbmm_(centred.transpose(1, 2), centred)
 
+    def at(self, positions: slice) -> Moments:
+        """Return the moments at some positions; they share this one's tensors."""
+        part = Moments(0, 0)
+        part.count, part.mean, part.scatter = self.count, self.mean[positions], self.scatter[positions]
+        return part
+
     def merge(self, other: Moments) -> None:
         """Fold in the statistics of other vectors at the same positions."""
         if other.count == 0:

@@ -1,8 +1,8 @@
 """Contests: the same work done by several sides, each in a process of its own, in turn.
 
 A side is a top-level function that prepares its work (imports, data, models) and returns a call without arguments;
-what the call returns (figures of quality) is kept. Rounds are interleaved, so that a busy machine slows all sides alike.
-All sides inherit the cores of the parent, and get as many threads as there are cores.
+what the call returns (figures of quality) is kept. Rounds are interleaved: a busy machine slows all sides alike. All
+sides inherit the cores of the parent, and get as many threads as there are cores.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 Call = Callable[[], "dict[str, Any] | None"]
-Sides = Mapping[str, tuple[Any, ...]]  # name -> (top-level function that prepares and returns a Call, its arguments ...)
+Sides = Mapping[str, tuple[Any, ...]]  # name -> (function that prepares and returns a Call, its arguments ...)
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -149,8 +149,9 @@ def show(title: str, found: Mapping[str, Outcome], *, over_data: bool = False) -
 
 def lines(found: Mapping[str, Outcome], *, over_data: bool = False) -> list[str]:
     """Return the rows of :func:`show`."""
+    above = " over the data" if over_data else ""
     table = [
-        f"| | seconds | spread | processor s | x the first | peak MB{' over the data' if over_data else ''} | quality |",
+        f"| | seconds | spread | processor s | x the first | peak MB{above} | quality |",
         "|---|---|---|---|---|---|---|",
     ]
     first = next(iter(found.values()))

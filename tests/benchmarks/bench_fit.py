@@ -2,11 +2,10 @@
 
     python tests/benchmarks/bench_fit.py FOLDER [--methods padim,cflow] [--cache FILE]
 
-FOLDER is laid out like MVTec AD. adflow's side is what ``adflow fit`` does, calibration on held-out images and the file included;
-anomalib's is its own default with one pass over the images (longer trainings need a GPU), its
-checkpoint included. Both sides are measured by
-the same code, at 256 px. One run each, in a process of its own. Then the peer once more with the time adflow took, as many passes as fit:
-quality at equal time. What is in the cache is not run again.
+FOLDER is laid out like MVTec AD. adflow's side is what ``adflow fit`` does, calibration on held-out images and the file
+included; anomalib's is its own default with one pass over the images (longer trainings need a GPU), its checkpoint
+included. One run each, in a process of its own, measured by the same code at 256 px. Then the trained peers once more
+with the time adflow took, as many passes as fit into it: quality at equal time. What is in the cache is not run again.
 """
 
 from __future__ import annotations

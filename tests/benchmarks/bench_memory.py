@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_memory.py [--rows 80000] [--width 232] [--picks 400] [--rounds 3]
 
-Every side works in a process of its own, in turn. Only so many ``picks`` of a coreset are made: the cost per pick of the
-loops does not change. Quality of a coreset is its radius, the largest distance of a row to the nearest one kept.
+Every side works in a process of its own, in turn. Only so many ``picks`` of a coreset are made: the cost per pick of
+the loops does not change. Quality of a coreset is its radius, the largest distance of a row to the nearest one kept.
 """
 
 from __future__ import annotations

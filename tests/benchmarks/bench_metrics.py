@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_metrics.py [--maps 100] [--size 512] [--rounds 5]
 
-Every side computes its figures of the same maps in a process of its own, in turn; memory is what it holds on top of maps
-and masks. Peers that are not installed are named and left out.
+Every side computes its figures of the same maps in a process of its own, in turn; memory is what it holds on top of
+maps and masks. Peers that are not installed are named and left out.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/bench_predict.py FOLDER [--methods padim,cflow] [--images 83] [--rounds 5]
 
-FOLDER is laid out like MVTec AD. Both sides have the same files, method and backbone weights, and write one CSV of scores.
-adflow scores image by image (its result cannot depend on a batch); anomalib gets batches of 16 and of 1. The encoder
-alone is the backbone's forward pass over images that are decoded already: nobody can score faster with that net. Models
-are fitted on few images: how fast they score does not depend on it.
+FOLDER is laid out like MVTec AD. Both sides have the same files, method and backbone weights, and write one CSV of
+scores. adflow scores image by image (its result cannot depend on a batch); anomalib gets batches of 16 and of 1. The
+encoder alone is timm's net, as it comes, over images that are decoded already. Models are fitted on few images: how
+fast they score does not depend on it.
 """
 
 from __future__ import annotations
