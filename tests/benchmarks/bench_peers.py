@@ -4,7 +4,7 @@
     python tests/benchmarks/bench_peers.py FOLDER [--only fit,predict,metrics,memory,nfa] [--cache FILE]
 
 FOLDER is laid out like MVTec AD (train/good, test, ground_truth). Sides of one comparison run in turn, each in a
-process of its own, with as many threads as there are cores (``taskset -c 0`` in front gives every side one). Seconds are
+process of its own, with as many threads as there are cores (``taskset -c 0`` in front gives each one). Seconds are
 medians of wall time; ratios are those of processor seconds, all threads and child processes together, because other
 work on the machine changes these least. What is in the cache is read, not run again, so that the table can be put
 together in pieces; without one everything runs: about an hour, most of it the peers' fits.
