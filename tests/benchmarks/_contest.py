@@ -135,36 +135,31 @@ def measured() -> Iterator[dict[str, float]]:
     took |= {"seconds": time.perf_counter() - began, "cpu": _cpu() - cpu, "peak": _resident("VmHWM")}
 
 
-def show(title: str, found: Mapping[str, Outcome], *, over_data: bool = False) -> None:
-    """Print one Markdown table: seconds, ratio of processor seconds to the first side, memory, quality.
+HEAD = "| work | side | seconds | spread | processor s | x the first | peak MB | quality |\n" + "|---" * 8 + "|"
 
-    Args:
-        title: printed above.
-        found: the first side is the one that others are compared with.
-        over_data: print memory on top of what was held before the rounds, instead of all of the process.
+
+def show(work: str, found: Mapping[str, Outcome]) -> None:
+    """Print a Markdown table of one comparison."""
+    print(f"\n{HEAD}\n" + "\n".join(lines(work, found)), flush=True)
+
+
+def lines(work: str, found: Mapping[str, Outcome]) -> list[str]:
+    """Return one row per side: medians, processor seconds as a multiple of the first side's, memory, quality.
+
+    Memory is all that the process held at most, and in brackets what the rounds added to it.
     """
-    print(f"\n{title}\n")
-    print("\n".join(lines(found, over_data=over_data)))
-
-
-def lines(found: Mapping[str, Outcome], *, over_data: bool = False) -> list[str]:
-    """Return the rows of :func:`show`."""
-    above = " over the data" if over_data else ""
-    table = [
-        f"| | seconds | spread | processor s | x the first | peak MB{above} | quality |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    table = []
     first = next(iter(found.values()))
     for name, one in found.items():
         if one.error:
-            table.append(f"| {name} | did not run: {one.error.strip().splitlines()[-1][:120]} | | | | | |")
+            reason = one.error.strip().splitlines()[-1][:120]
+            table.append(f"| {work} | {name} | did not run: {reason} | | | | | |")
             continue
         spread = f"±{100 * one.spread:.0f} %" if len(one.seconds) > 1 else "one run"
-        memory = one.peak - (one.base if over_data else 0)
-        quality = ", ".join(f"{k} {v}" for k, v in ((k, _number(v)) for k, v in one.result.items()) if v)
+        quality = ", ".join(f"{key} {_number(value)}" for key, value in one.result.items())
         table.append(
-            f"| {name} | {one.median:.3g} | {spread} | {one.effort:.3g} | {one.effort / first.effort:.2f} | "
-            f"{memory:.0f} | {quality} |"
+            f"| {work} | {name} | {one.median:.3g} | {spread} | {one.effort:.3g} | {one.effort / first.effort:.2f} | "
+            f"{one.peak:.0f} (+{one.peak - one.base:.0f}) | {quality} |"
         )
     return table
 

@@ -41,9 +41,10 @@ def adflow_fit(root: str, method: str, recipe: str) -> Call:
 
     torch.set_num_threads(cores())
     data = open_data(Path(root))[0]
+    options = FitOptions(method=method, recipe=recipe, device="cpu")
+    prepare(data, options)  # so that everything is imported, as it is on the other side
 
     def call() -> dict[str, Any]:
-        options = FitOptions(method=method, recipe=recipe, device="cpu")
         with measured() as took:
             detector, size, keep_aspect = prepare(data, options)
             fit_detector(detector, data.train, options, size, keep_aspect)

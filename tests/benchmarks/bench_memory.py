@@ -239,14 +239,14 @@ def main() -> None:
     given = parser.parse_args()
     title = f"coreset: {given.picks} of {given.rows} rows of {given.width} numbers"
     slow = ("textbook loop, one matrix-vector product a pick", "anomalib KCenterGreedy")
-    show(title, contest(coresets(given.rows, given.width, given.picks), given.rounds, once=slow), over_data=True)
+    show(title, contest(coresets(given.rows, given.width, given.picks), given.rounds, once=slow))
     for k in (1, 9):
         title = f"{k} nearest of 8192 rows of {given.width} numbers, 784 queries"
-        show(title, contest(neighbours(given.width, k), given.rounds), over_data=True)
+        show(title, contest(neighbours(given.width, k), given.rounds))
     title = "local neighbours of one image: 16 x 16 cells, 3 x 3 around, 320 images, 128 numbers"
-    show(title, contest(LOCAL, given.rounds), over_data=True)
+    show(title, contest(LOCAL, given.rounds))
     title = f"PaDiM statistics: {IMAGES} images, {POSITIONS} positions, {CHANNELS} channels"
-    show(title, contest(GAUSSIANS, given.rounds), over_data=True)
+    show(title, contest(GAUSSIANS, given.rounds))
 
 
 if __name__ == "__main__":

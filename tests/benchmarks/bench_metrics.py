@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     found = contest(sides(options.maps, options.size), options.rounds, once=SLOW)
-    show(f"pixel metrics of {options.maps} maps of {options.size}x{options.size}", found, over_data=True)
+    show(f"pixel metrics of {options.maps} maps of {options.size}x{options.size}", found)
     stream = found["adflow streaming: the same"].result
     for name in ("auroc", "ap", "aupro"):
         error = abs(stream[name] - found["adflow exact: AUROC, AP, F1, AUPRO"].result[name])

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _contest import Call, Outcome, Sides, contest, cores, lines
+from _contest import Call, Outcome, Sides, contest, cores, show
 
 FITTED_ON = 24
 
@@ -123,8 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for method in given.methods.split(","):
         found = contest(sides(str(given.folder.resolve()), method, given.images), given.rounds)
         rates(found, given.images)
-        print(f"\nscoring {given.images} images of {given.folder.name} from files, {cores()} cores\n")
-        print("\n".join(lines(found)))
+        show(f"score {given.images} images of {given.folder.name} from files, {cores()} cores", found)
 
 
 if __name__ == "__main__":
