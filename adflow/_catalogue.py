@@ -15,6 +15,12 @@ _HEX = re.compile(r"[0-9a-f]+")
 _T = TypeVar("_T")
 
 
+def brief(value: Any) -> str:
+    """Write a value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
 @dataclass(frozen=True, slots=True)
 class Paper:
     """What to cite."""
@@ -151,7 +157,7 @@ def decode(raw: Mapping[str, Any]) -> Entries:
     _fields(raw, "zoo.yaml", required=("version",), optional=KINDS)
     if raw["version"] != 1:
         raise InputError(
-            f"zoo.yaml: version is {raw['version']!r}, expected 1", hint="Install a newer adflow."
+            f"zoo.yaml: version is {brief(raw['version'])}, expected 1", hint="Install a newer adflow."
         )
     datasets = {k: _dataset(k, v) for k, v in _named(raw, "datasets")}
     backbones = {k: _backbone(k, v) for k, v in _named(raw, "backbones")}
@@ -191,7 +197,7 @@ def _typed(raw: Mapping[str, Any], key: str, where: str, kind: type[_T]) -> _T:
     """Return ``raw[key]``, which must be exactly of type ``kind``."""
     value = raw.get(key)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{where}.{key} is {value!r}, expected {kind.__name__}")
+        raise InputError(f"{where}.{key} is {brief(value)}, expected {kind.__name__}")
     return value
 
 
@@ -206,7 +212,7 @@ def _named(raw: Mapping[str, Any], kind: str) -> list[tuple[str, Any]]:
     for name in entries:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise InputError(
-                f"zoo.yaml: {kind}: name {name!r} must be text of letters, digits, dot, dash, underscore"
+                f"zoo.yaml: {kind}: name {brief(name)} must be text of letters, digits, dot, dash, underscore"
             )
     return list(entries.items())
 
@@ -214,14 +220,14 @@ def _named(raw: Mapping[str, Any], kind: str) -> list[tuple[str, Any]]:
 def _texts(raw: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     value = raw.get(key) or []
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise InputError(f"{where}.{key} is {value!r}, expected a list of text")
+        raise InputError(f"{where}.{key} is {brief(value)}, expected a list of text")
     return tuple(value)
 
 
 def _url(raw: Mapping[str, Any], key: str, where: str) -> str:
     value = _typed(raw, key, where, str)
     if not re.match(r"https?://[^\s/]+", value):
-        raise InputError(f"{where}.{key} is {value!r}, expected http:// or https://")
+        raise InputError(f"{where}.{key} is {brief(value)}, expected http:// or https://")
     return value
 
 
@@ -257,9 +263,9 @@ def _source(raw: Any, where: str) -> Source:
         _url(raw, "url", where)
     if kinds[0] == "hub":
         if values["type"] not in ("model", "dataset"):
-            raise InputError(f"{where}.type is {values['type']!r}, expected model or dataset")
+            raise InputError(f"{where}.type is {brief(values['type'])}, expected model or dataset")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", values["hub"]):
-            raise InputError(f"{where}.hub is {values['hub']!r}, expected owner/name")
+            raise InputError(f"{where}.hub is {brief(values['hub'])}, expected owner/name")
     return Source(**values)
 
 
@@ -268,17 +274,17 @@ def _file(raw: Any, where: str) -> File:
     _fields(raw, where, ("name", "sources", "sha256", "bytes"), optional)
     name = _typed(raw, "name", where, str)
     if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
-        raise InputError(f"{where}.name is {name!r}, expected a plain file name")
+        raise InputError(f"{where}.name is {brief(name)}, expected a plain file name")
     sources = _typed(raw, "sources", where, list)
     if not sources:
         raise InputError(f"{where}.sources is empty, expected at least one")
     sha256 = _maybe(raw, "sha256", where, str)
     starts = _maybe(raw, "sha256_starts", where, str)
     if sha256 is not None and (len(sha256) != 64 or not _HEX.fullmatch(sha256)):
-        raise InputError(f"{where}.sha256 is {sha256!r}, expected 64 lower-case hexadecimal digits or null")
+        raise InputError(f"{where}.sha256 is {brief(sha256)}, expected 64 lower-case hexadecimal digits or null")
     if starts is not None and (not 8 <= len(starts) < 64 or not _HEX.fullmatch(starts)):
         raise InputError(
-            f"{where}.sha256_starts is {starts!r}, expected 8 to 63 lower-case hexadecimal digits"
+            f"{where}.sha256_starts is {brief(starts)}, expected 8 to 63 lower-case hexadecimal digits"
         )
     sizes = {key: _maybe(raw, key, where, int) for key in ("bytes", "unpacked")}
     for key, size in sizes.items():
@@ -292,7 +298,7 @@ def _file(raw: Any, where: str) -> File:
 
 def _counts(raw: Any, where: str) -> dict[str, int | None]:
     if not isinstance(raw, dict) or not raw:
-        raise InputError(f"{where} is {raw!r}, expected numbers of files per kind")
+        raise InputError(f"{where} is {brief(raw)}, expected numbers of files per kind")
     return {str(key): _maybe(raw, key, where, int) for key in raw}
 
 
@@ -350,7 +356,7 @@ def _figures(raw: Mapping[str, Any], key: str, where: str) -> dict[str, float] |
     value = _maybe(raw, key, where, dict)
     for name, figure in (value or {}).items():
         if isinstance(figure, bool) or not isinstance(figure, int | float):
-            raise InputError(f"{where}.{key}.{name} is {figure!r}, expected a number")
+            raise InputError(f"{where}.{key}.{name} is {brief(figure)}, expected a number")
     return value
 
 

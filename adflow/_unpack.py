@@ -111,7 +111,7 @@ def is_archive(path: Path) -> bool:
 
 def _damaged(archive: Path, error: Exception) -> AdflowError:
     return InputError(
-        f"{archive} is damaged or not an archive: {error or type(error).__name__}",
+        f"{archive} is damaged or not an archive: {' '.join(str(error).split()) or type(error).__name__}",
         hint="Get it again; a cut download continues where it stopped.",
     )
 

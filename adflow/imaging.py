@@ -318,6 +318,10 @@ def _decode(
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{show(path)} declares more pixels than can be read safely: {error}") from error
+    except MemoryError as error:
+        raise InputError(
+            f"{show(path)} is larger than the free memory holds", hint="Scale it down, or try --workers 1."
+        ) from error
     except OSError as error:
         reason = error.strerror or (
             "not an image of a kind that can be read" if "cannot identify" in str(error) else str(error)

@@ -9,6 +9,7 @@ Memory is bounded: at most a few images per worker are under way, whatever the l
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -26,7 +27,7 @@ from adflow.data import Sample
 from adflow.detector import Detector
 from adflow.errors import InputError
 from adflow.features import one_thread
-from adflow.imaging import Box, fit_to, read_image
+from adflow.imaging import Box, fit_to, read_image, show
 
 T = TypeVar("T")
 
@@ -160,9 +161,7 @@ class _Work:
             # Always in full: a JPEG decoded smaller would score differently with and without an overlay.
             picture = read_image(sample.image)
         except InputError as error:
-            if self.strict:
-                raise
-            scored.error = str(error)
+            self._fail(scored, error)
             return scored
         decoded = time.perf_counter()
         scored.original = picture.shape[:2]
@@ -179,17 +178,36 @@ class _Work:
         began = time.perf_counter()
         taken = [self.inputs.pop(id(scored)) for scored in good]
         images = torch.from_numpy(np.stack([array for array, _ in taken]))
-        scores = self.detector.score(images.pin_memory(), [box for _, box in taken])
-        maps, values = scores.map.cpu().numpy(), scores.image.cpu().numpy()
+        maps, values = self._batch(images, [box for _, box in taken])
         each = (time.perf_counter() - began) / len(good)
         for i, scored in enumerate(good):
             self._take(scored, maps[i], float(values[i]), taken[i][1])
             scored.seconds["score"] = each
 
-    @staticmethod
-    def _take(scored: Scored, score_map: np.ndarray, value: float, box: Box) -> None:
+    def _batch(self, images: torch.Tensor, boxes: list[Box]) -> tuple[np.ndarray, np.ndarray]:
+        """Score a batch on a GPU; in halves when it does not fit into its memory."""
+        try:
+            scores = self.detector.score(images.pin_memory() if torch.cuda.is_available() else images, boxes)
+            return scores.map.cpu().numpy(), scores.image.cpu().numpy()
+        except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise
+        half = len(images) // 2
+        logging.getLogger("adflow").warning(f"{len(images)} images at once are too many for the GPU: {half} are tried")
+        first, second = self._batch(images[:half], boxes[:half]), self._batch(images[half:], boxes[half:])
+        return np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]])
+
+    def _take(self, scored: Scored, score_map: np.ndarray, value: float, box: Box) -> None:
         inside = score_map[box.top : box.top + box.height, box.left : box.left + box.width]
         scored.map, scored.image = np.ascontiguousarray(inside), value
+        if not (np.isfinite(value) and np.isfinite(scored.map).all()):
+            # A NaN compares as false: it would pass for good in silence.
+            self._fail(scored, InputError(f"{show(scored.sample.image)}: its score is not finite (NaN or infinite)"))
+
+    def _fail(self, scored: Scored, error: InputError) -> None:
+        if self.strict:
+            raise error
+        scored.error, scored.image, scored.map = str(error), float("nan"), np.zeros((0, 0), np.float32)
 
     def finish(self, scored: Scored) -> Scored:
         if scored.error is None and self.after is not None:

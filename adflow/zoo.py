@@ -57,6 +57,10 @@ __all__ = [
 ]
 
 
+# Ours has some thousand.
+_NODES = 100_000
+
+
 def home() -> Path:
     """Return the cache folder: ``ADFLOW_HOME``, else the user's cache folder of this system."""
     chosen = os.environ.get("ADFLOW_HOME")
@@ -143,9 +147,12 @@ def _construct(text: str) -> Any:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
         document = loader.get_single_node()
-        waiting = [document]
+        waiting, left = [document], _NODES
         while waiting:
             node = waiting.pop()
+            left -= 1
+            if left < 0:  # a few lines of aliases of aliases are millions of values, or hold themselves
+                raise yaml.MarkedYAMLError(None, None, f"it holds more than {_NODES} values", document.start_mark)
             if isinstance(node, yaml.MappingNode):
                 keys = [key.value for key, _ in node.value]
                 for key in {key for key in keys if keys.count(key) > 1}:

@@ -6,10 +6,10 @@ Exit codes: 0 done, 1 an error without a code of its own, 2 usage, 3 input, 4 no
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
-import click
 import typer
 
 from adflow.cli import calibrate, doctor, download, evaluate, export, fit, listing, score, segment
@@ -34,6 +34,10 @@ app.command("list")(listing.list_)
 app.command("doctor")(doctor.doctor)
 
 
+# Releases of typer carry a click of their own: its errors are found through the one that typer names.
+_CLICK_ERROR: type[typer.BadParameter] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
 def _version(show: bool) -> None:
     if show:
         from adflow import __version__
@@ -51,17 +55,20 @@ def _root(
 
 def run(arguments: list[str]) -> int:
     """Run one command; return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files, and our own words, may hold what the terminal's encoding has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         result = typer.main.get_command(app).main(arguments, prog_name="adflow", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as leave:
+    except typer.Exit as leave:
         return leave.exit_code
-    except click.ClickException as error:
+    except _CLICK_ERROR as error:
         error.show(sys.stderr)
         return error.exit_code
     except AdflowError as error:
         return _tell(error)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted; nothing half-written was left. The same command starts or goes on again.\n")
         return 130
     except BrokenPipeError:

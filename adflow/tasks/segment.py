@@ -190,14 +190,19 @@ def output_names(paths: Sequence[Path]) -> dict[Path, str]:
 
     Two images that differ only in suffix or in upper and lower case keep their suffix or get a number.
     """
-    parents = [str(path.parent) for path in paths]
-    root = Path(os.path.commonpath(parents)) if parents else Path()
-    stems = {path: path.relative_to(root).with_suffix("") for path in paths}
+    # Whole and without "..": a relative name must never lead out of the output folder.
+    places = {path: Path(os.path.normpath(path.absolute())) for path in paths}
+    if len({place.anchor for place in places.values()}) == 1:
+        root = Path(os.path.commonpath([place.parent for place in places.values()]))
+        relative = {path: place.relative_to(root) for path, place in places.items()}
+    else:  # nothing, or several drives of Windows
+        relative = {path: Path(*place.parts[1:]) for path, place in places.items()}
+    stems = {path: name.with_suffix("") for path, name in relative.items()}
     count = Counter(str(stem).casefold() for stem in stems.values())
     names: dict[Path, str] = {}
     used: set[str] = set()
     for path, stem in stems.items():
-        name = str(stem) if count[str(stem).casefold()] == 1 else str(path.relative_to(root))
+        name = str(stem) if count[str(stem).casefold()] == 1 else str(relative[path])
         while name.casefold() in used:
             name += "_"
         used.add(name.casefold())
