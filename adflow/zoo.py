@@ -151,8 +151,9 @@ def _construct(text: str) -> Any:
         while waiting:
             node = waiting.pop()
             left -= 1
-            if left < 0:  # a few lines of aliases of aliases are millions of values, or hold themselves
-                raise yaml.MarkedYAMLError(None, None, f"it holds more than {_NODES} values", document.start_mark)
+            # A few lines of aliases of aliases are millions of values, and one that holds itself has no end.
+            if left < 0 and node is not None:
+                raise yaml.MarkedYAMLError(None, None, f"it holds more than {_NODES} values", node.start_mark)
             if isinstance(node, yaml.MappingNode):
                 keys = [key.value for key, _ in node.value]
                 for key in {key for key in keys if keys.count(key) > 1}:

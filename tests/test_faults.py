@@ -6,6 +6,7 @@ The long campaigns (kills, every byte, thousands of inputs) are in tests/extende
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import struct
@@ -15,18 +16,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TinyBackbone, make_tiny_images
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from adflow import cli, detector_file, methods
+from adflow import cli, detector_file, methods, zoo
 from adflow._files import atomic_write, write_text
 from adflow._lock import claim, lock
-from adflow.detector import Detector
+from adflow._unpack import unpack
+from adflow._weights import read_weights
+from adflow.data import Sample
+from adflow.detector import Detector, Scores
 from adflow.detector_file import digest, load_detector, read_header, save_detector
 from adflow.errors import DetectorFileError, InputError, ResourceError
+from adflow.pipeline import run
+from adflow.tasks.segment import output_names
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +257,125 @@ def test_a_header_nested_without_end_is_refused(tmp_path: Path) -> None:
         load_detector(path)
 
 
+# ---- other files
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello", b"", b"\x80\x04.", b"PK\x03\x04" + bytes(99), bytes(4096), b"e\x01" * 50]
+)
+def test_what_torch_stumbles_over_is_no_weight_file(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read as weights"):
+        read_weights(tmp_path / "w.pth")
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}, *{a}, *{a}, *{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize("text", [LAUGHS, "a: &a [*a]", "&a {b: *a}"])
+def test_a_catalogue_that_swells_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "zoo.yaml").write_text(text)
+    with pytest.raises(InputError, match="more than 100000 values"):
+        zoo.load(tmp_path / "zoo.yaml")
+
+
+def test_messages_stay_one_short_line(tmp_path: Path) -> None:
+    (tmp_path / "zoo.yaml").write_text(f"version: {'x' * 5000}\n")
+    with pytest.raises(InputError) as found:
+        zoo.load(tmp_path / "zoo.yaml")
+    assert len(str(found.value)) < 300
+    (tmp_path / "a.tar").write_bytes(b"no archive")
+    with pytest.raises(InputError, match="is damaged or not an archive") as found:
+        unpack(tmp_path / "a.tar", tmp_path / "out")
+    assert "\n" not in str(found.value)
+
+
+# ---- scoring
+
+
+class _Odd(Detector):
+    """Gives NaN for white images, and runs out of memory beyond two at once."""
+
+    def __init__(self) -> None:
+        super().__init__(TinyBackbone())
+        self.size = (8, 8)
+
+    def fit(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    def device(self) -> Any:
+        return type("Gpu", (), {"type": "a GPU"})
+
+    def score(self, images: torch.Tensor, boxes: Any = None) -> Scores:
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self._score(images, boxes)
+
+    def _score(self, images: torch.Tensor, boxes: Any) -> Scores:
+        maps = images.mean(1)
+        maps[maps > 0.99] = float("nan")
+        return Scores(maps, maps.amax((1, 2)))
+
+
+def grey(folder: Path, *levels: int) -> list[Sample]:
+    found = []
+    for i, level in enumerate(levels):
+        Image.fromarray(np.full((8, 8), level, np.uint8)).save(folder / f"{i}.png")
+        found.append(Sample(folder / f"{i}.png", "test", None, None, None))
+    return found
+
+
+def test_a_score_that_is_not_finite_is_an_error_of_its_image(tmp_path: Path) -> None:
+    samples = grey(tmp_path, 100, 255, 50)
+    found = list(run(_Odd(), samples))
+    assert [one.error is None for one in found] == [True, False, True]
+    assert "1.png: its score is not finite" in str(found[1].error) and found[1].map.size == 0
+    with pytest.raises(InputError, match="not finite"):
+        list(run(_Odd(), samples, strict=True))
+
+
+def test_batches_that_do_not_fit_on_the_gpu_are_halved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = grey(tmp_path, *range(0, 250, 25))
+    found = [one.image for one in run(_Odd(), samples, batch_size=8)]
+    assert found == [pytest.approx(level / 255) for level in range(0, 250, 25)]
+    assert "too many for the GPU" in caplog.text
+
+
+def test_masks_stay_in_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for names in (
+        ["a.png", str(tmp_path / "x" / "b.png")],
+        ["../a.png", "x/b.png"],
+        ["x/../../a.png", "x/b.png"],
+        ["../../../../../../../../a.png", "b.png"],
+        ["a.png"],
+    ):
+        found = list(output_names([Path(name) for name in names]).values())
+        assert len(set(found)) == len(names)
+        assert not any(Path(name).is_absolute() or ".." in Path(name).parts for name in found), found
+
+
 # ---- the command line
+
+
+@pytest.mark.parametrize("argv", [["fit", "x/y", "--seed", "abc"], ["fit", "--nope"], ["nope"], ["score"]])
+def test_typing_errors_are_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(argv) == 2
+    captured = capsys.readouterr()
+    assert "Usage: adflow" in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_json_can_be_read_back_whatever_the_terminal_shows(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = {"name": "é–🙂" + os.fsdecode(b"\xff")}
+    monkeypatch.setattr("adflow.methods.facts", lambda: [odd])
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert cli.run(["list", "methods", "--json"]) == 0
+    stream.flush()
+    assert json.loads(stream.buffer.getvalue().decode(encoding))["methods"][0]["name"] == odd["name"]  # type: ignore[attr-defined]
 
 
 def test_out_of_memory_names_the_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

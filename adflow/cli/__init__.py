@@ -35,7 +35,9 @@ app.command("doctor")(doctor.doctor)
 
 
 # Releases of typer carry a click of their own: its errors are found through the one that typer names.
-_CLICK_ERROR: type[typer.BadParameter] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_CLICK_ERROR: type[typer.BadParameter] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
 
 
 def _version(show: bool) -> None:

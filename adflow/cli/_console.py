@@ -104,7 +104,8 @@ class Talk:
 
 def print_json(value: Any) -> None:
     """Print one JSON object; what JSON cannot say (NaN, infinity) becomes null."""
-    sys.stdout.write(json.dumps(_plain(value), ensure_ascii=False, default=str, allow_nan=False) + "\n")
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    sys.stdout.write(json.dumps(_plain(value), ensure_ascii=not unicode, default=str, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
