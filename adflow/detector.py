@@ -305,6 +305,11 @@ class FeatureDetector(Detector):
         self.margin = margin
         self.shapes: FeatureShapes | None = None
 
+    @property
+    def learns_from_bank(self) -> bool:
+        """Return whether ``fit`` makes use of features that are there already (``Resources.bank``)."""
+        return True
+
     @abstractmethod
     def prepare(
         self,

@@ -167,8 +167,8 @@ def test_cell_labels_follow_the_pasted_area() -> None:
     where[0:2, 0:4] = True
     where[7, 7] = True
     # A cell of 4 x 4: half covered, one of 16 pixels covered, untouched.
-    assert cutpaste._labels(where, (2, 2), 1).tolist() == [1, 0, 0, -1]
-    assert cutpaste._labels(where, (2, 2), 2).tolist() == [2, 0, 0, -1]
+    assert cutpaste._labels(where, (2, 2), 1).tolist() == [1, 0, 0, 0]
+    assert cutpaste._labels(where, (2, 2), 2).tolist() == [2, 0, 0, 0]
 
 
 def test_ledoit_wolf_is_that_of_scikit_learn() -> None:

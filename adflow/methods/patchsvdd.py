@@ -112,7 +112,7 @@ class PatchSVDD(FeatureDetector):
         net: str = "linear",
         dimension: int = 64,
         svdd: float = 1e-3,
-        bank: int = 2000,
+        bank: int = 4000,
         steps: int = 300,
         batch: int = 256,
         lr: float = 1e-3,
