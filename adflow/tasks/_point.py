@@ -29,8 +29,10 @@ class OperatingPoint:
 
 
 # Tried in this order when the user names no setting: the strictest that the number of held-out images can carry.
-# 3 / eps of them keep the promise on average (resampling study in tests/test_calibration.py); fewer exceed it.
 DEFAULT_NFA = (0.1, 0.3, 1.0)
+# So many held-out images, divided by eps, keep the promise on average; fewer exceed it (resampling study in
+# tests/test_calibration.py).
+_ENOUGH = 3
 
 
 def operating_point(
@@ -67,11 +69,26 @@ def operating_point(
         promise = f"At most {flag_rate:.3g} of good images are marked at all, on average over calibration sets."
         return OperatingPoint("flag-rate", flag_rate, level, promise, calibration.observed(level))
     if nfa is None:
-        reachable = [eps for eps in DEFAULT_NFA if calibration.n >= 3 / eps]
+        reachable = [eps for eps in DEFAULT_NFA if calibration.n >= _ENOUGH / eps]
         nfa = reachable[0] if reachable else DEFAULT_NFA[-1]
     level = calibration.threshold(nfa)
-    promise = f"At most {nfa:.3g} false regions per good image, on average."
-    return OperatingPoint("nfa", nfa, level, promise, calibration.observed(level))
+    return OperatingPoint("nfa", nfa, level, _count_promise(nfa, calibration.n), calibration.observed(level))
+
+
+def _count_promise(nfa: float, n: int) -> str:
+    """Say what ``--nfa`` promises with ``n`` held-out images.
+
+    The threshold is never below that of the flag rate of the same value (a count is at least 1 where it is not 0), so
+    below 1 the share of marked images is bounded by the theorem, whatever n. The count is not: where few images show
+    any region, few tell how many such an image shows.
+    """
+    if n >= _ENOUGH / nfa:
+        return f"At most {nfa:.3g} false regions per good image, on average."
+    enough = math.ceil(_ENOUGH / nfa - 1e-9)
+    return (
+        f"At most {nfa:.1%} of good images are marked at all, on average over calibration sets. Marked ones show about "
+        f"1 to 2 regions; {n} held-out images are too few to count these in: {enough} keep {nfa:.3g} per image."
+    )
 
 
 def gaussian_point(nfa: float | None) -> OperatingPoint:
