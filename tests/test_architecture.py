@@ -22,10 +22,10 @@ PLUMBING = {
     "tasks": ["_card"],
     "pipeline": ["bundle", "runs"],
     "report": ["_grid", "_page", "published"],
-    "data": ["_nets", "_weights"],
+    "data": ["_weights"],
     "detector": ["_stores"],
     "zoo": ["_catalogue", "_files", "_lock", "_store", "_unpack"],
-    "imaging": ["_maxtree", "_nfa_block", "_regions", "_system"],
+    "imaging": ["_clock", "_maxtree", "_nets", "_nfa_block", "_ranks", "_regions", "_system", "_video"],
 }
 
 
