@@ -1,19 +1,21 @@
 """A bundle: an exported detector in a folder, run without the method's own code.
 
-    model.onnx | model.pt | model.pt2   RGB float32 [B, H, W, 3] in 0..255 -> map, score, verdict, mask
-    metadata.json                       input, outputs, labels, thresholds, licences, the detector's header, sha256
-    calibration.npz                     what held-out good images taught, for regions, NFA and p-values
-    certificate.json                    proof that the bundle gives what the fitted detector gives
-    predict.py                          (onnx) the same without torch and adflow
+    model.onnx | model.xml + .bin | model.pt | model.pt2    RGB [B, H, W, 3] -> map, score, verdict, mask
+    metadata.json       input, outputs, labels, thresholds, licences, the detector's header, sha256
+    calibration.npz     what held-out good images taught, for regions, NFA and p-values
+    certificate.json    proof that the bundle gives what the fitted detector gives
+    LICENCES.txt        terms of the training data and of the backbone's weights
+    predict.py          (onnx) the same without torch and adflow
 
-The model begins at the input size: images are resized by Pillow, as when the detector was fitted. A resize inside the
-graph was measured and left out: onnxruntime's antialiased one differs from Pillow's by up to 19 of 255 levels.
+The model takes images of the network's size, or, exported so, of any size: then the resize is inside and rounds as
+Pillow's does, which the detector was fitted with.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -32,8 +34,15 @@ from adflow.imaging import Box
 
 FORMAT = 1
 METADATA, CERTIFICATE, CALIBRATION = "metadata.json", "certificate.json", "calibration.npz"
+LICENCES = "LICENCES.txt"
 OUTPUTS = ("map", "score", "verdict", "mask")
-MODELS = {"onnx": "model.onnx", "torchscript": "model.pt", "torch": "model.pt2"}
+# The files of the model by format; the first one is opened.
+MODELS = {
+    "onnx": ("model.onnx",),
+    "openvino": ("model.xml", "model.bin"),
+    "torchscript": ("model.pt",),
+    "torch": ("model.pt2",),
+}
 Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 
 
@@ -41,6 +50,14 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def model_sha256(folder: Path, kind: str) -> str:
+    """Return the sha256 over the files of a bundle's model."""
+    total = hashlib.sha256()
+    for name in MODELS[kind]:
+        total.update((folder / name).read_bytes())
+    return total.hexdigest()
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -74,11 +91,12 @@ def load_bundle(folder: Path) -> Bundle:
         UnavailableError: the package that runs it is not installed.
     """
     about = read_metadata(folder)
-    model = folder / MODELS[about["kind"]]
-    if not model.is_file() or sha256_of(model) != about["sha256"]:
+    kind = about["kind"]
+    model = folder / MODELS[kind][0]
+    if not all((folder / name).is_file() for name in MODELS[kind]) or model_sha256(folder, kind) != about["sha256"]:
         raise DetectorFileError(f"{model} is missing or not the file that was certified", hint="Export it again.")
     try:
-        bundle = Bundle(about, open_model(model, about["kind"]))
+        bundle = Bundle(about, open_model(model, kind, about["input"]["batch"]))
         if about["calibration"]:
             with np.load(folder / CALIBRATION, allow_pickle=False) as arrays:
                 bundle.calibration = Calibration.from_tensors(dict(arrays))
@@ -87,12 +105,47 @@ def load_bundle(folder: Path) -> Bundle:
     return bundle
 
 
-def open_model(path: Path, kind: str) -> Run:
-    """Return a function from images [B, H, W, 3] (RGB float32, 0..255) to map, score, verdict and mask."""
-    if kind == "onnx":
-        need(("onnxruntime",), "a bundle in ONNX format")
-        session = onnx_session(path.read_bytes())
-        return lambda images: cast(Sequence[np.ndarray], session.run(list(OUTPUTS), {"images": images}))
+def open_model(path: Path, kind: str, batch: int | str = 1) -> Run:
+    """Return a function from images [B, H, W, 3] to map, score, verdict and mask, one thread.
+
+    Args:
+        path: the first file of the model.
+        kind: a key of :data:`MODELS`.
+        batch: "any", or 1 for a model that takes one image: then the function runs it once an image.
+    """
+    opener = {"onnx": _open_onnx, "openvino": _open_openvino}.get(kind, _open_torch)
+    whole = opener(path, kind)
+    if batch == "any":
+        return whole
+
+    def each(images: np.ndarray) -> Sequence[np.ndarray]:
+        parts = [whole(images[i : i + 1]) for i in range(len(images))]
+        return parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+    return each
+
+
+def _open_onnx(path: Path, kind: str) -> Run:
+    need(("onnxruntime",), "a bundle in ONNX format")
+    session = onnx_session(path.read_bytes())
+    return lambda images: cast(Sequence[np.ndarray], session.run(list(OUTPUTS), {"images": images}))
+
+
+def _open_openvino(path: Path, kind: str) -> Run:
+    need(("openvino",), "a bundle in OpenVINO format", "openvino")
+    compiled = openvino_model(path)
+    own = threading.local()  # a request serves one thread at a time
+
+    def run(images: np.ndarray) -> Sequence[np.ndarray]:
+        if not hasattr(own, "request"):
+            own.request = compiled.create_infer_request()
+        found = own.request.infer([images])
+        return [np.array(found[i]) for i in range(len(OUTPUTS))]
+
+    return run
+
+
+def _open_torch(path: Path, kind: str) -> Run:
     with warnings.catch_warnings():
         # torch tells that TorchScript has no future; who asked for it has a runtime that needs it.
         warnings.simplefilter("ignore")
@@ -101,11 +154,18 @@ def open_model(path: Path, kind: str) -> Run:
 
     def run(images: np.ndarray) -> Sequence[np.ndarray]:
         with torch.inference_mode():
-            step = 1 if kind == "torch" else len(images)
-            parts = [program(part) for part in torch.split(torch.from_numpy(images), step)]
-        return [torch.cat([part[i] for part in parts]).numpy() for i in range(len(OUTPUTS))]
+            taken = torch.from_numpy(np.require(images, requirements=("C", "W")))
+            return [found.numpy() for found in program(taken)]
 
     return run
+
+
+def openvino_model(model: Any) -> Any:
+    """Compile a model or its file for the CPU, with one thread and in float32 whatever the processor prefers."""
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.Core().compile_model(model, "CPU", settings)
 
 
 def onnx_session(model: bytes) -> Any:
@@ -150,6 +210,7 @@ class Bundle(Detector):
         self.about, self.run = about, run
         height, width = about["input"]["size"]
         self.size = (int(height), int(width))
+        self.keep_aspect = bool(header["keep_aspect"])
         self.provenance = dict(header["provenance"])
         # The class cannot know it: tables name the method that was exported.
         self.__dict__["method"] = lambda: str(header["method"])
@@ -174,6 +235,26 @@ class Bundle(Detector):
         raise InputError("a bundle cannot be fitted", hint="Fit a detector and export it: adflow fit, adflow export.")
 
     def _score(self, images: Tensor, boxes: Sequence[Box] | None) -> Scores:
-        pixels = np.ascontiguousarray((images * 255).permute(0, 2, 3, 1).numpy())
-        score_map, score = self.run(pixels)[:2]
+        if self.keep_aspect and boxes is not None:
+            # The model letterboxes by itself; an image that fits is not resized again.
+            box = boxes[0]
+            images = images[:, :, box.top : box.top + box.height, box.left : box.left + box.width]
+        score_map, score = self.run(self.pixels(images))[:2]
         return Scores(torch.from_numpy(np.asarray(score_map)), torch.from_numpy(np.asarray(score)))
+
+    def pixels(self, images: Tensor) -> np.ndarray:
+        """Return images [B, 3, H, W] in [0, 1] as the model takes them, [B, H, W, 3].
+
+        Raises:
+            InputError: the model takes 8 bits, and the images have more.
+        """
+        last = images.permute(0, 2, 3, 1)
+        if self.about["input"]["type"] == "float32":
+            return np.ascontiguousarray(last.numpy())
+        levels = last * 255
+        whole = levels.round()
+        if float((levels - whole).abs().max()) > 1e-3:
+            raise InputError(
+                "this bundle takes 8-bit images, found one of more bits", hint="Export it with --input float."
+            )
+        return np.ascontiguousarray(whole.to(torch.uint8).numpy())

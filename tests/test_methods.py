@@ -13,9 +13,11 @@ import torch
 
 from adflow import methods
 from adflow.backbones import Backbone
+from adflow.bundle import MODELS, open_model
 from adflow.detector import Detector
 from adflow.detector_file import load_detector, save_detector
 from adflow.errors import AdflowError, InputError
+from adflow.tasks._program import Form, Thresholds, write_program
 
 NAMES = methods.names()
 SIZE = (64, 64)
@@ -103,6 +105,23 @@ def test_a_planted_defect_scores_higher(name: str, fitted: dict[str, Detector]) 
     good = good_images(6, seed=4)
     scores_good, scores_bad = fitted[name].score(good).image, fitted[name].score(with_defect(good)).image
     assert (scores_bad > scores_good).all(), (scores_good, scores_bad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["onnx", "torchscript"])
+def test_an_export_gives_the_same_scores(kind: str, name: str, fitted: dict[str, Detector], tmp_path: Path) -> None:
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime", reason="needs adflow[onnx]")
+        pytest.importorskip("onnxscript", reason="needs adflow[onnx]")
+    detector = fitted[name]
+    write_program(detector, Thresholds(), Form(kind, pixels="float"), tmp_path)
+    images = torch.cat([good_images(1, seed=6), with_defect(good_images(1, seed=7))])
+    expected = detector.score(images)
+    score_map, score, _, _ = open_model(tmp_path / MODELS[kind][0], kind)(images.permute(0, 2, 3, 1).numpy())
+    # Of the range: kernels that add in another order are some 1e-6 apart; a step left out would show at once.
+    allowed = 1e-4 * float(expected.map.max() - expected.map.min())
+    assert np.abs(score_map - expected.map.numpy()).max() <= allowed
+    assert np.abs(score - expected.image.numpy()).max() <= allowed
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,6 +10,8 @@ import typer
 from adflow.cli import _options as o
 from adflow.cli._console import Talk
 
+RANGES = 32  # good images that give the ranges of 8-bit activations
+
 
 def export(
     model: Annotated[
@@ -17,7 +19,7 @@ def export(
     ] = None,
     format_: Annotated[
         str | None,
-        typer.Option("--format", "-f", help="Write a bundle: onnx, torchscript or torch.", show_default=False),
+        typer.Option("--format", "-f", help="Bundle: onnx, openvino, torchscript or torch.", show_default=False),
     ] = None,
     to: Annotated[
         str | None,
@@ -25,14 +27,38 @@ def export(
     ] = None,
     images: Annotated[
         list[str] | None,
-        typer.Option(help="Images, folders or data sets of the certificate; default: the demo.", show_default=False),
+        typer.Option(
+            help="Images, folders or data sets of the certificate; default: those of the fit's data set, or the demo.",
+            show_default=False,
+        ),
     ] = None,
-    count: Annotated[int, typer.Option(help="Images of the certificate, at most.", min=1)] = 16,
+    count: Annotated[int, typer.Option(help="Images of the certificate, at most, evenly chosen.", min=1)] = 16,
+    input_: Annotated[
+        str, typer.Option("--input", help="Pixels the bundle takes: uint8, or float in [0, 1] for deeper images.")
+    ] = "uint8",
+    dynamic: Annotated[
+        str,
+        typer.Option(help="What may vary from call to call: batch, size (of images), or both.", show_default=False),
+    ] = "",
+    half: Annotated[bool, typer.Option("--half", help="Keep weights in 16 bits.")] = False,
+    int8: Annotated[
+        bool,
+        typer.Option("--int8", help="Round convolutions to 8 bits; needs labelled --images (onnx, openvino)."),
+    ] = False,
+    max_drop: Annotated[
+        float, typer.Option(help="Largest loss of image or pixel AUROC by --int8.", min=0.0, max=1.0)
+    ] = 0.01,
+    opset: Annotated[int, typer.Option(help="ONNX operator set, 16 to 20.")] = 18,
     tolerance: Annotated[
-        float, typer.Option(help="Largest difference allowed, as a share of the map's range.", min=0.0)
-    ] = 1e-4,
+        float | None,
+        typer.Option(
+            help="Largest difference allowed, as a share of the map's range; default: 1e-4, with --half 2e-2.",
+            min=0.0,
+            show_default=False,
+        ),
+    ] = None,
     bisect: Annotated[
-        bool, typer.Option("--bisect", help="Compare the stages inside, too (onnx).")
+        bool, typer.Option("--bisect", help="Compare every layer inside, too (onnx, openvino).")
     ] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new hub repository private.")] = False,
     weights: o.Weights = None,
@@ -48,6 +74,7 @@ def export(
     from adflow.errors import InputError, UsageError, unknown
     from adflow.runs import find_detector
     from adflow.tasks import export as task
+    from adflow.tasks._program import Form
 
     talk = Talk(json=json, quiet=quiet, verbose=verbose)
     if (format_ is None) == (to is None):
@@ -69,21 +96,33 @@ def export(
         talk.data({"detector": str(place)}, str(place))
         return
     assert format_ is not None
-    samples = gather(images, data_root) if images else task.default_samples(count)
+    varying = {word.strip() for word in dynamic.split(",") if word.strip()}
+    for word in sorted(varying - {"batch", "size"}):
+        raise unknown("--dynamic", word, ["batch", "size"])
+    if input_ not in ("uint8", "float"):
+        raise unknown("--input", input_, ["uint8", "float"])
+    form = Form(format_, input_, "batch" in varying, "size" in varying, half, opset)
+    if int8 and not images:
+        raise UsageError("--int8 measures what it costs", hint="Give --images DATA, with good and defective images.")
+    samples = gather(images, data_root) if images else task.default_samples(count, task.data_of(path))
+    ranges = gather(images, data_root, split="train")[:RANGES] if int8 and images else []
     folder = out or path.parent / format_
     with talk.progress("export") as progress:
         done = task.export_bundle(
             path,
             folder,
-            format_,
-            samples[:count],
+            form,
+            samples if int8 else samples[:: -(-len(samples) // count)],
             tolerance=tolerance,
+            ranges=ranges,
+            max_drop=max_drop,
             weights=weights,
             bisect=bisect,
             progress=progress,
         )
     talk.data(done, _table(done))
-    talk.say(f"proven equal on {done['images']} images; written: {folder}")
+    proven = "measured" if int8 else f"proven equal within {done['tolerance']:g}"
+    talk.say(f"{proven} on {done['images']} images; written: {folder}")
     talk.next(f"adflow score --model {folder} IMAGES")
 
 
@@ -101,6 +140,10 @@ def _table(done: dict[str, Any]) -> Any:
     for name, took in done["milliseconds"].items():
         table.add_row(f"{name}, ms per image, 1 thread", f"{took:.1f}")
     table.add_row("size", f"{done['bytes'] / 1e6:.1f} MB")
+    for name in ("image_auroc", "pixel_auroc"):
+        if name in done.get("accuracy", {}):
+            before, after = done["accuracy"][name]
+            table.add_row(f"{name.split('_')[0]} AUROC", f"{before:.4f} -> {after:.4f}")
     for row in done.get("stages", []):
         table.add_row(f"  {row['stage']}", f"{row['of_range']:.1e}")
     return table

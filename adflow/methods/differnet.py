@@ -463,7 +463,9 @@ def turn(images: Tensor, angle: float, fill: str) -> Tensor:
     height, width = images.shape[2:]
     quarters = round(angle / 90)
     if quarters * 90 == angle and (quarters % 2 == 0 or height == width):
-        return torch.rot90(images, quarters % 4, (2, 3))
+        # torch.rot90 in operators that every export format has.
+        turned = images.transpose(2, 3) if quarters % 2 else images
+        return turned.flip(((2,), (2, 3), (3,))[quarters % 4 - 1]) if quarters % 4 else turned
     radians = math.radians(angle)
     cosine, sine = math.cos(radians), math.sin(radians)
     # Output to input in pixels; y points down, and grid coordinates are in half widths and half heights.

@@ -322,8 +322,8 @@ class PatchCore(FeatureDetector):
             return best
         weights = []
         for i, top in enumerate(best):
-            cell = int((scores[i].reshape(-1) == top).float().argmax())
-            weights.append(self._weight(vectors[i, cell], index[i, cell]))
+            cell = (scores[i].reshape(-1) == top).float().argmax().reshape(1)
+            weights.append(self._weight(vectors[i].index_select(0, cell)[0], index[i].index_select(0, cell)[0]))
         return best * torch.stack(weights)
 
     def _weight(self, vector: Tensor, match: Tensor) -> Tensor:
@@ -340,7 +340,8 @@ class PatchCore(FeatureDetector):
     def _to_cells(self, box: Box) -> Box:
         """Return the cells that lie in ``box`` of the input at least in part."""
         height, width = self.size or (1, 1)
-        sy, sx = self.grid_[0] / height, self.grid_[1] / width
-        top, left = int(box.top * sy), int(box.left * sx)
-        bottom, right = math.ceil((box.top + box.height) * sy), math.ceil((box.left + box.width) * sx)
+        rows, columns = self.grid_
+        top, left = box.top * rows // height, box.left * columns // width
+        bottom = ((box.top + box.height) * rows + height - 1) // height
+        right = ((box.left + box.width) * columns + width - 1) // width
         return Box(top, left, bottom - top, right - left)

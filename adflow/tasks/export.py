@@ -5,39 +5,51 @@ from __future__ import annotations
 import errno
 import json
 import math
-import platform
 import shutil
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from adflow import __version__, zoo
+from adflow import zoo
 from adflow._card import _METRICS, model_card
 from adflow._files import atomic_write, is_full, make_folder, write_error
 from adflow._lock import claim
-from adflow.bundle import CALIBRATION, CERTIFICATE, METADATA, MODELS, load_bundle, need, onnx_session, sha256_of
-from adflow.data import Sample
+from adflow.bundle import (
+    CALIBRATION,
+    CERTIFICATE,
+    FORMAT,
+    LICENCES,
+    METADATA,
+    MODELS,
+    load_bundle,
+    model_sha256,
+    need,
+    sha256_of,
+)
+from adflow.data import Sample, open_data
 from adflow.detector import Detector, Progress
 from adflow.detector_file import digest, load_detector, read_header
-from adflow.errors import GateError, InputError
+from adflow.errors import AdflowError, InputError, UsageError
 from adflow.features import one_thread
 from adflow.fetch import push_detector
 from adflow.imaging import fit_to, read_image
 from adflow.runs import runs_folder
+from adflow.tasks._certificate import certify
 from adflow.tasks._point import operating_point
-from adflow.tasks._program import Thresholds, watch, with_stages, write_program
+from adflow.tasks._program import OPSETS, Form, Thresholds, write_program
 from adflow.tasks.score import verdict_rate
 
 FORMATS = tuple(MODELS)
+# Packages beyond adflow's own, and the extra of the same name.
+NEEDED = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino")}
 # Of the map's range: what float32 kernels that add in another order differ by is some 1e-6, an error is more.
 TOLERANCE = 1e-4
+# 16-bit weights are off by 2^-12 of themselves; whitening enlarges that.
+HALF_TOLERANCE = 2e-2
+# Of AUROC, a fraction; for 8-bit models.
+MAX_DROP = 0.01
 
 _PREDICT = '''"""python predict.py IMAGE...: score, verdict, marked share. Needs numpy, onnxruntime and pillow only.
 
@@ -53,14 +65,18 @@ from PIL import Image, ImageOps
 
 here = Path(__file__).resolve().parent
 about = json.loads((here / "metadata.json").read_text(encoding="utf-8"))
-height, width = about["input"]["size"]
+takes, levels = about["input"], about["thresholds"]
 session = onnxruntime.InferenceSession(str(here / about["model"]), providers=["CPUExecutionProvider"])
 for name in sys.argv[1:]:
     picture = ImageOps.exif_transpose(Image.open(name)).convert("RGB")
-    picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-    pixels = np.asarray(picture, dtype=np.float32)[None]  # [1, H, W, 3], 0..255
+    if not takes["any_size"]:
+        for size in (takes["size"][1], picture.height), takes["size"][::-1]:  # columns first
+            picture = picture.resize(size, Image.Resampling.BILINEAR)
+    pixels = np.asarray(picture)[None]  # [1, H, W, 3]
+    if takes["type"] == "float32":
+        pixels = pixels.astype(np.float32) / 255
     anomaly_map, score, verdict, mask = session.run(["map", "score", "verdict", "mask"], {"images": pixels})
-    label = about["labels"][int(verdict[0])] if about["thresholds"]["image"] is not None else None
+    label = about["labels"][int(verdict[0])] if levels["image"] is not None else None
     print(json.dumps({"image": name, "score": float(score[0]), "verdict": label, "marked": float(mask[0].mean())}))
 '''
 
@@ -148,10 +164,12 @@ def thresholds_of(detector: Detector) -> tuple[Thresholds, dict[str, Any]]:
 def export_bundle(
     model: Path,
     out: Path,
-    kind: str,
+    form: Form,
     samples: Sequence[Sample],
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
+    ranges: Sequence[Sample] = (),
+    max_drop: float = MAX_DROP,
     weights: Path | None = None,
     bisect: bool = False,
     progress: Progress | None = None,
@@ -161,11 +179,15 @@ def export_bundle(
     Args:
         model: detector file.
         out: folder; a bundle that is there is replaced.
-        kind: one of :data:`FORMATS`.
+        form: format, input and storage.
         samples: images of the certificate.
-        tolerance: largest difference of map and score allowed, as a share of the map's range.
+        tolerance: largest difference of map and score allowed, as a share of the map's range; None =
+            :data:`TOLERANCE`, or :data:`HALF_TOLERANCE` for 16-bit weights.
+        ranges: good images, if any: convolutions are rounded to 8 bits within the ranges these give, and instead of
+            equality the loss of AUROC on ``samples`` is measured.
+        max_drop: largest such loss allowed, as a fraction.
         weights: local weight file of the backbone.
-        bisect: compare the stages inside as well (ONNX).
+        bisect: compare the stages inside as well (ONNX, OpenVINO).
         progress: called with (done, total, message).
 
     Returns:
@@ -175,19 +197,19 @@ def export_bundle(
         UnavailableError: a package is missing, or the format cannot hold the method.
         GateError: the export differs; nothing is left behind.
     """
-    if kind == "onnx":
-        need(("onnx", "onnxruntime", "onnxscript"), "--format onnx")
-    if not samples:
-        raise InputError("there is no image to prove the export on", hint="Give some with --images.")
-    if out.exists() and not (out / CERTIFICATE).is_file():
-        raise InputError(f"{out} is there and no bundle", hint="Choose another --out.")
+    _check(form, samples, out, bool(ranges))
     detector = load_detector(model, weights=weights)
-    if detector.keep_aspect:
+    assert detector.size is not None
+    if detector.keep_aspect and not form.any_size:
         raise InputError(
-            "a letterboxed detector cannot be exported: the border its image score leaves out differs per image",
-            hint="Fit with --stretch.",
+            "this detector letterboxes images, which needs their size: its bundle takes images of any size",
+            hint="Add --dynamic size.",
         )
+    if tolerance is None:
+        tolerance = HALF_TOLERANCE if form.half else TOLERANCE
     levels, about = thresholds_of(detector)
+    if ranges:
+        about["promise"] += " Learned before the weights were rounded to 8 bits: see certificate.json."
     beside, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
     with claim(out.parent):
         try:
@@ -197,10 +219,21 @@ def export_bundle(
             for stale in (beside, old):
                 shutil.rmtree(stale, ignore_errors=True)
             make_folder(beside)
-            write_program(detector, levels, kind, beside / MODELS[kind])
-            _write_about(detector, model, beside, kind, about)
+            write_program(detector, levels, form, beside, [_as_taken(detector, form, sample) for sample in ranges])
+            _write_about(detector, model, beside, form, about, bool(ranges))
             with one_thread():
-                certificate = certify(detector, beside, kind, samples, tolerance, bisect, progress)
+                certificate = certify(
+                    detector,
+                    load_bundle(beside),
+                    beside,
+                    form,
+                    levels,
+                    samples,
+                    tolerance=tolerance,
+                    max_drop=max_drop if ranges else None,
+                    bisect=bisect,
+                    progress=progress,
+                )
             certificate["detector_sha256"] = sha256_of(model)
             (beside / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
             if out.exists():
@@ -219,163 +252,94 @@ def export_bundle(
     return certificate | {"bundle": str(out)}
 
 
-def _write_about(detector: Detector, model: Path, folder: Path, kind: str, thresholds: dict[str, Any]) -> None:
+def _check(form: Form, samples: Sequence[Sample], out: Path, int8: bool) -> None:
+    for kind, packages in NEEDED.items():
+        if form.kind == kind:
+            need(packages, f"--format {kind}", kind)
+    if form.opset not in OPSETS:
+        raise UsageError(f"opset {form.opset} cannot be written, expected {OPSETS[0]} to {OPSETS[-1]}")
+    if int8 and (form.kind not in NEEDED or form.half):
+        raise UsageError("--int8 is for --format onnx and openvino, and takes the place of --half")
+    if int8:
+        need(("onnxruntime",), "--int8")
+    if not samples:
+        raise InputError("there is no image to prove the export on", hint="Give some with --images.")
+    if out.exists() and not (out / CERTIFICATE).is_file():
+        raise InputError(f"{out} is there and no bundle", hint="Choose another --out.")
+
+
+def _as_taken(detector: Detector, form: Form, sample: Sample) -> np.ndarray:
+    """Return an image of the network's size as the program takes it, [1, H, W, 3]."""
+    assert detector.size is not None
+    array, box = fit_to(read_image(sample.image), detector.size, detector.keep_aspect)
+    inside = array[None, :, box.top : box.top + box.height, box.left : box.left + box.width].transpose(0, 2, 3, 1)
+    if form.pixels == "uint8":
+        inside = np.round(inside * 255).astype(np.uint8)
+    return np.ascontiguousarray(inside)
+
+
+def _write_about(
+    detector: Detector, model: Path, folder: Path, form: Form, thresholds: dict[str, Any], int8: bool
+) -> None:
     header = read_header(model)
-    data = str(header["provenance"].get("data") or "")
     net = zoo.load().backbones.get(detector.backbone.name)
     assert detector.size is not None
     if detector.calibration is not None:
         np.savez(folder / CALIBRATION, **detector.calibration.tensors())  # type: ignore[arg-type]  # numpy's stub
+    licences = {
+        "training data": licence_of(str(header["provenance"].get("data") or "")),
+        "backbone": None if net is None else {"name": net.licence.name, "note": net.licence.note},
+        "adflow": {"name": "Apache-2.0", "note": "The code of this bundle."},
+    }
+    resize = "Pillow bilinear, columns first, to the size"
     metadata = {
-        "format": 1,
-        "kind": kind,
-        "model": MODELS[kind],
-        "sha256": sha256_of(folder / MODELS[kind]),
+        "format": FORMAT,
+        "kind": form.kind,
+        "model": MODELS[form.kind][0],
+        "sha256": model_sha256(folder, form.kind),
         "input": {
             "name": "images",
-            "layout": "[B, H, W, 3], RGB, float32 in 0..255",
+            "layout": "[B, H, W, 3], RGB",
+            "type": "uint8" if form.pixels == "uint8" else "float32",
+            "range": [0, 255] if form.pixels == "uint8" else [0, 1],
             "size": list(detector.size),
-            "batch": 1 if kind == "torch" else "any",
-            "resize": "Pillow, bilinear, antialiased, to the size",
+            "any_size": form.any_size,
+            "batch": "any" if form.any_batch else 1,
+            "resize": f"inside, as {resize}" if form.any_size else resize,
+            "letterbox": detector.keep_aspect,
         },
         "outputs": {
-            "map": "[B, H, W] float32, higher = more anomalous",
+            "map": "[B, h, w] float32 at the size, higher = more anomalous",
             "score": "[B] float32, higher = more anomalous",
             "verdict": "[B] bool: score > thresholds.image",
-            "mask": "[B, H, W] bool: map > thresholds.pixel",
+            "mask": "[B, h, w] bool: map > thresholds.pixel",
         },
+        "weights": "8-bit convolutions, float32" if int8 else "16 bits" if form.half else "float32",
         "labels": ["good", "defect"],
         "thresholds": thresholds,
-        "licences": {
-            "training data": licence_of(data),
-            "backbone": None if net is None else {"name": net.licence.name, "note": net.licence.note},
-        },
+        "licences": licences,
         "calibration": CALIBRATION if detector.calibration is not None else None,
         "detector": header,
     }
     (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-    if kind == "onnx":
+    terms = (f"{what}: {terms['name']}. {terms['note']}\n" for what, terms in licences.items() if terms)
+    (folder / LICENCES).write_text("".join(terms), encoding="utf-8")
+    if form.kind == "onnx":
         (folder / "predict.py").write_text(_PREDICT, encoding="utf-8")
 
 
-def certify(
-    detector: Detector,
-    folder: Path,
-    kind: str,
-    samples: Sequence[Sample],
-    tolerance: float,
-    bisect: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Compare the bundle in ``folder`` with ``detector`` image by image, and a batch with its images.
-
-    Raises:
-        GateError: a difference beyond ``tolerance``; says where it began, for ONNX.
-    """
-    bundle = load_bundle(folder)
-    assert detector.size is not None
-    arrays = [fit_to(read_image(sample.image), detector.size)[0] for sample in samples]
-    ours, theirs, masks = [], [], []
-    seconds: dict[str, list[float]] = {"detector": [], "export": []}
-    for done, array in enumerate(arrays, start=1):
-        images = torch.from_numpy(array)[None]
-        ours.append(_timed(seconds["detector"], lambda images=images: detector.score(images)))  # type: ignore[misc]
-        theirs.append(_timed(seconds["export"], lambda images=images: bundle.score(images)))  # type: ignore[misc]
-        masks.append(bundle.run(np.ascontiguousarray((images * 255).permute(0, 2, 3, 1).numpy()))[2:])
-        if progress:
-            progress(done, len(arrays), "certificate")
-    first, second = (torch.cat([s.map for s in side]).numpy() for side in (ours, theirs))
-    scores, exported = (torch.cat([s.image for s in side]).numpy() for side in (ours, theirs))
-    span = float(first.max() - first.min()) or 1.0
-    levels, _ = thresholds_of(detector)
-    expected = first > np.float32(levels.pixel)
-    found = np.concatenate([mask[1] for mask in masks])
-    verdicts = np.concatenate([mask[0] for mask in masks])
-    together = bundle.run(np.stack([np.ascontiguousarray((a * 255).transpose(1, 2, 0)) for a in arrays[:3]]))
-    union = int((expected | found).sum())
-    certificate: dict[str, Any] = {
-        "images": len(arrays),
-        "tolerance": tolerance,
-        "map_range": span,
-        "map_max_difference": float(np.abs(first - second).max()),
-        "map_mean_difference": float(np.abs(first - second).mean()),
-        "score_max_difference": float(np.abs(scores - exported).max()),
-        "score_mean_difference": float(np.abs(scores - exported).mean()),
-        "batch_max_difference": float(np.abs(together[0] - second[:3]).max()),
-        "mask_iou": 1.0 if union == 0 else float((expected & found).sum() / union),
-        "verdicts_equal": int(((scores > np.float32(levels.image)) == verdicts).sum()),
-        "milliseconds": {name: round(statistics.median(took) * 1e3, 3) for name, took in seconds.items()},
-        "threads": 1,
-        "versions": {"adflow": __version__, "python": platform.python_version(), "torch": torch.__version__}
-        | {name: version_of(name) for name in ("numpy", "onnx", "onnxruntime") if kind == "onnx" or name == "numpy"},
-        "model_sha256": bundle.about["sha256"],
-        "bytes": (folder / MODELS[kind]).stat().st_size,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    differences = [certificate[f"{name}_max_difference"] / span for name in ("map", "score", "batch")]
-    # NaN must not pass: it is neither above nor below.
-    equal = all(difference <= tolerance for difference in differences)
-    if kind == "onnx" and (bisect or not equal):
-        certificate["stages"] = compare_stages(detector, folder / MODELS[kind], arrays[0])
-    if not equal:
-        raise GateError(
-            f"the {kind} export is not equal and was removed: {max(differences):.2g} of the map's range on "
-            f"{len(arrays)} images, allowed is {tolerance:g}",
-            hint=_where(certificate.get("stages"), tolerance),
-        )
-    return certificate
+def data_of(model: Path) -> str | None:
+    """Return the name of the data set a detector was fitted on, if it says so."""
+    name = read_header(model)["provenance"].get("data")
+    return str(name) if name else None
 
 
-def _timed(seconds: list[float], call: Callable[[], Any]) -> Any:
-    began = time.perf_counter()
-    result = call()
-    seconds.append(time.perf_counter() - began)
-    return result
-
-
-def version_of(package: str) -> str | None:
-    """Return the version of an installed package, or None."""
+def default_samples(count: int = 8, data: str | None = None) -> list[Sample]:
+    """Return test images, good and defective in turn, of the data set ``data`` if it is here, or the demo."""
     try:
-        return version(package) if find_spec(package) else None
-    except PackageNotFoundError:
-        return None
-
-
-def compare_stages(detector: Detector, model: Path, array: np.ndarray) -> list[dict[str, Any]]:
-    """Compare the tensors between image and score, in order: name, largest difference, and its share of the range."""
-    import onnx
-
-    images = torch.from_numpy(array)[None]
-    with watch(detector) as stages:
-        scores = detector.score(images)
-    names = [*stages.names, "map", "score"]
-    ours = [value.numpy() for value in stages.values] + [scores.map.numpy(), scores.image.numpy()]
-    shown = with_stages(onnx.load(str(model)), stages.names)
-    wanted = [f"stage_one_{name}".replace(" ", "_") for name in stages.names] + ["map", "score"]
-    pixels = np.ascontiguousarray((array * 255).transpose(1, 2, 0))[None]
-    theirs = onnx_session(shown.SerializeToString()).run(wanted, {"images": pixels})
-    rows = []
-    for name, a, b in zip(names, ours, theirs, strict=True):
-        difference = float(np.abs(a - np.asarray(b).reshape(a.shape)).max())
-        span = float(ours[-2].max() - ours[-2].min()) if name == "score" else float(a.max() - a.min())
-        rows.append({"stage": name, "max_difference": difference, "of_range": difference / (span or 1.0)})
-    return rows
-
-
-def _where(stages: list[dict[str, Any]] | None, tolerance: float) -> str:
-    if stages is None:
-        return "Use --format onnx --bisect to see where it begins, or another format."
-    for number, row in enumerate(stages):
-        if not row["of_range"] <= tolerance:
-            before = f"{stages[number - 1]['stage']} is still equal" if number else "the first stage compared"
-            return f"It begins at {row['stage']} ({row['of_range']:.2g} of its range); {before}."
-    return "No stage of the first image differs: it depends on the image or the batch."
-
-
-def default_samples(count: int = 8) -> list[Sample]:
-    """Return test images of the demo, good and defective in turn."""
-    from adflow.data import open_data
-
-    (data, *_) = open_data("demo/brick")
-    good, bad = ([s for s in data.test if s.label == label] for label in (0, 1))
-    return [sample for pair in zip(good, bad, strict=False) for sample in pair][:count]
+        found = open_data(data or "demo/brick")[0]
+    except AdflowError:
+        found = open_data("demo/brick")[0]
+    good, bad = ([s for s in found.test if s.label == label] for label in (0, 1))
+    paired = [sample for pair in zip(good, bad, strict=False) for sample in pair]
+    return list(paired or good or found.train)[:count]
