@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from adflow._clock import stage
 from adflow.errors import InputError, unknown
-from adflow.features import FeatureBank
+from adflow.features import Extract, FeatureBank
 from adflow.imaging import Box, upsample
 
 if TYPE_CHECKING:
     from adflow.backbones import Backbone
     from adflow.calibration import Calibration
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[int, int, str], object]
 
 
 class ImageSource(Protocol):
@@ -90,6 +90,7 @@ class Resources:
         dtype: storage type of features: "float32" (exact), "float16" or "bfloat16".
         workers: images that pass the backbone at once on a CPU; None = the cores, at most 8.
         checkpoint: file for the state of an interrupted fit, or None.
+        extract: what takes images through the backbone; None = this process.
         bank: the features of the very images that are fitted on, where they have been extracted before.
     """
 
@@ -98,6 +99,7 @@ class Resources:
     dtype: str = "float32"
     workers: int | None = None
     checkpoint: Path | None = None
+    extract: Extract | None = None
     bank: FeatureBank | None = None
 
 
@@ -375,6 +377,7 @@ class FeatureDetector(Detector):
             folder=resources.folder,
             dtype=resources.dtype,
             workers=resources.workers,
+            extract=resources.extract,
             progress=progress,
         ) as bank:
             return self.fit_bank(bank, seed=seed, progress=progress, checkpoint=resources.checkpoint)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from adflow import _ranks
 from adflow._files import make_folder
-from adflow._stores import DiskStore, RamStore, Store, SubsetStore
+from adflow._rows import DiskStore, RamStore, Store, SubsetStore
 from adflow._system import cores, free_memory
 from adflow.backbones import Backbone
 from adflow.errors import InputError, ResourceError, UsageError, unknown
@@ -35,7 +35,7 @@ _GIB = 1 << 30
 _GPU_BATCH = 16  # images per pass on a GPU
 _EXCHANGED = 16  # images a process takes before features are exchanged, where several fit one detector
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[int, int, str], object]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
@@ -64,6 +64,10 @@ class Divisible(ImageSource, Protocol):
     def leave_out(self, skipped: Sequence[tuple[Path, str]]) -> None:
         """Take over what other processes could not read."""
         ...
+
+
+Extract = Callable[[Backbone, ImageSource], Iterator[tuple[tuple[int, int], list[Tensor]]]]
+"""From a backbone and images to (image size, pyramid of one row) in the order of the images."""
 
 
 class FeatureBank:
@@ -102,6 +106,7 @@ class FeatureBank:
         augment: Augment | None = None,
         generator: torch.Generator | None = None,
         workers: int | None = None,
+        extract: Extract | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Pass every image through ``backbone`` once per view and keep the features.
@@ -117,6 +122,7 @@ class FeatureBank:
                 view.
             generator: seeds the generators that ``augment`` gets, one per row; required with ``augment``.
             workers: threads on a CPU; None = the cores of this process, at most 8. Does not change any bit.
+            extract: takes images through the backbone somewhere else, without ``augment`` only; None = here.
             progress: called with (rows done, rows expected, "features").
 
         Raises:
@@ -136,7 +142,8 @@ class FeatureBank:
         stores: list[Store] = []
         size, note, on_disk, done = (0, 0), "", False, 0
         try:
-            for row, (seen, pyramid) in enumerate(extraction.together(images)):
+            elsewhere = None if extract is None or augment is not None else extract(backbone, images)
+            for row, (seen, pyramid) in enumerate(elsewhere or extraction.together(images)):
                 if not stores:
                     size = seen
                     stores, note, on_disk = _plan(pyramid, rows, memory, folder, DTYPES[dtype])
@@ -289,6 +296,13 @@ def _human(size: int) -> str:
     return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / (1 << 20):.1f} MiB"
 
 
+def extract(
+    backbone: Backbone, images: ImageSource, workers: int | None = None
+) -> list[tuple[tuple[int, int], list[Tensor]]]:
+    """Return (image size, pyramid of one row) of some images: what :meth:`FeatureBank.build` would keep of them."""
+    return list(_Extraction(backbone, None, None, 1, workers).run(images))
+
+
 class _Extraction:
     """Passes images through the backbone; yields (image size, pyramid of one row) in order."""
 
@@ -319,6 +333,7 @@ class _Extraction:
         images.leave_out([path for part in _ranks.gathered(images.skipped) for path in part])
 
     def run(self, images: ImageSource) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
+        """Yield (image size, pyramid of one row) in order."""
         if self.device.type != "cpu":
             yield from self._together(images)
             return

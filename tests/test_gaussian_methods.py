@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from adflow.backbones import Backbone
 from adflow.errors import AdflowError, InputError, ResourceError, UsageError
-from adflow.methods._gaussian import PositionGaussians
+from adflow.methods._gaussian import PositionGaussians, global_whitening
 from adflow.methods._memory import nearest
 from adflow.methods._whiten import (
     Moments,
@@ -44,6 +44,35 @@ def correlated(n: int, positions: int, width: int, seed: int = 0) -> torch.Tenso
 
 
 # Statistics
+
+
+def test_padim_of_parts_is_padim_of_the_whole() -> None:
+    """Statistics of unequal parts, merged in any order, give the same Gaussians: to 1e-9 before they become float32."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(57, 6, 5, generator=generator, dtype=torch.float64)
+    vectors = vectors * torch.tensor([1e-2, 1, 3, 10, 1e3]).double() + 1e3
+    pieces = [vectors[:2], vectors[2:40], vectors[40:]]
+    whole = PositionGaussians.statistics(lambda: [vectors])
+    white = global_whitening(lambda: [vectors], 5, 0.01)
+    for order in ((0, 1, 2), (2, 0, 1)):
+        merged = PositionGaussians.statistics(lambda order=order: [pieces[order[0]]])
+        everywhere = Moments(1, 5)
+        for i in order[1:]:
+            merged.merge(PositionGaussians.statistics(lambda i=i: [pieces[i]]))
+        for i in order:
+            part = Moments(1, 5)
+            part.add(pieces[i].reshape(-1, 1, 5))
+            everywhere.merge(part)
+        scale = whole.covariance().diagonal(dim1=1, dim2=2).sqrt()
+        size = scale.unsqueeze(2) * scale.unsqueeze(1)  # what an entry of a covariance is measured against
+        assert float(((merged.covariance() - whole.covariance()) / size).abs().max()) < 1e-9
+        assert float(((merged.mean - whole.mean) / scale).abs().max()) < 1e-9
+        np.testing.assert_allclose(whitening(everywhere, 0.01).spectrum, white.spectrum, rtol=1e-9)
+        models = [PositionGaussians(6, 5) for _ in range(2)]
+        for model, moments in zip(models, (whole, merged), strict=True):
+            model.learn(moments, white, slice(None), ridge=0.01, shrinkage=0.3)
+        # Float64 rounding may tip a float32 by its last bit.
+        torch.testing.assert_close(models[0].inverse_, models[1].inverse_, rtol=3e-7, atol=0)
 
 
 @settings(max_examples=20, deadline=None)

@@ -131,7 +131,7 @@ def test_frames_are_a_sequence(tmp_path: Path) -> None:
     every = list(train)
     assert len(every) == len(train) == 12
     assert [train[i] for i in range(-12, 0)] == every
-    assert train[4:9] == every[4:9]
+    assert list(train[4:9]) == every[4:9] and list(train[::5][1:]) == every[5::5]
     for index in (12, -13):
         with pytest.raises(IndexError):
             train[index]

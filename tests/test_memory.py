@@ -248,6 +248,25 @@ def test_streaming_in_little_room_covers_nearly_as_well() -> None:
     assert stream.seen == halves[0].seen == 3000 and stream.reductions > 10
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_coreset_of_coresets_of_parts_is_within_its_factor(seed: int) -> None:
+    """Covering radius at most 4 times the best (plain greedy: 2 times), however the parts are cut."""
+    rows = normal(600, 4, seed=seed)
+    rows[:550] *= 0.1  # most rows crowded, as patches are; a few far out
+    rows = rows[(rows[:, 0].sort().indices if seed % 2 else torch.randperm(600, generator=seeded(seed)))]
+
+    def chosen(part: torch.Tensor) -> torch.Tensor:
+        return part[greedy_coreset(part, 20, start_from_all(part))]
+
+    def radius(kept: torch.Tensor) -> float:
+        return float(nearest(rows, kept)[0].max().sqrt())
+
+    merged = chosen(torch.cat([chosen(part) for part in rows.split(150)]))
+    # The best radius is not known: no less than half of greedy's, and no more than greedy's.
+    assert radius(merged) <= 4 * radius(chosen(rows))
+    assert radius(merged) <= 1.5 * radius(chosen(rows))  # what is seen; 1.22 at most here
+
+
 # Grids, sizes, limits
 
 

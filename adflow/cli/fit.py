@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from adflow.cli import _options as o
 from adflow.cli._console import Talk
+
+if TYPE_CHECKING:
+    from adflow.data import Dataset
+    from adflow.tasks.fit import FitOptions
 
 
 def fit(
@@ -32,6 +36,9 @@ def fit(
     max_memory: Annotated[
         str | None, typer.Option(help="Limit the fit must keep, such as 2GiB.", show_default=False)
     ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Print the time and memory it will take, and do not fit.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed fit stopped.")] = False,
     workers: o.Workers = None,
     stride: o.Stride = 1,
@@ -46,6 +53,8 @@ def fit(
     verbose: o.Verbose = False,
 ) -> None:
     """Learn what good looks like, class by class, and keep some good images back to know the false-alarm rate."""
+    from dataclasses import replace
+
     from adflow import _ranks
     from adflow.cli._inputs import open_strided
     from adflow.detector import Resources
@@ -81,22 +90,27 @@ def fit(
         strict=strict,
         resources=Resources(memory=memory, dtype=feature_dtype, workers=workers),
     )
+    if estimate:
+        _estimate(classes, options, talk)
+        return
     command = " ".join(["adflow", *sys.argv[1:]])
     for note in (note for one in classes for note in one.notes):
         talk.detail(note)
     cluster = o.cluster(executor, ray_address, workers, device)
-    if cluster is not None and out is not None:
-        raise UsageError("--out does not go with --executor ray", hint="Use --runs FOLDER.")
+    # One class: its images are divided. Several: each is a task.
+    spread = options
+    if cluster is not None:
+        spread = replace(options, resources=replace(options.resources, extract=cluster.features))
 
     def fitted() -> Iterator[dict[str, Any] | Exception]:
-        if cluster is not None:
+        if cluster is not None and len(classes) > 1:
             with talk.progress("fit") as progress:
                 found = fit_on(cluster, classes, options, runs=runs, resume=resume, command=command, progress=progress)
             yield from found
             return
         for one in classes:
             with talk.progress(one.name) as progress:
-                yield run_fit(one, options, out=out, runs=runs, resume=resume, command=command, progress=progress)
+                yield run_fit(one, spread, out=out, runs=runs, resume=resume, command=command, progress=progress)
 
     done = []
     failed: list[tuple[str, Exception]] = []
@@ -126,6 +140,23 @@ def fit(
         name, error = failed[0]
         raise PartialError(f"{len(failed)} of {len(classes)} classes failed; the first, {name}: {error}")
     talk.next(f"adflow evaluate {data[0]}   |   adflow segment FOLDER --nfa 1")
+
+
+def _estimate(classes: Sequence[Dataset], options: FitOptions, talk: Talk) -> None:
+    from adflow.tasks.estimate import estimate
+
+    found = [estimate(one, options) for one in classes]
+    lines = []
+    for one in found:
+        took = one["seconds"]
+        memory = "unknown" if one["memory"] is None else f"{one['memory'] / (1 << 30):.2f} GiB"
+        disk = f", {one['disk'] / (1 << 30):.1f} GiB of temporary files" if one["disk"] else ""
+        lines.append(
+            f"{one['data']}: {one['method']} on {one['images']} images takes about {took['total']:.1f} s "
+            f"(features {took['features']:.1f}, fit {took['fit']:.1f}, calibration {took['calibration']:.1f}) "
+            f"and {memory} of memory{disk}"
+        )
+    talk.data({"estimates": found}, "\n".join(lines))
 
 
 def _sentence(summary: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, overload
 
 import numpy as np
 
@@ -37,7 +37,7 @@ from adflow.zoo import home
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Dataset", "Frame", "Images", "Sample", "list_images", "open_data"]
+__all__ = ["Chosen", "Dataset", "Frame", "Images", "Sample", "list_images", "open_data"]
 
 # Names that the archives of the data sets unpack to.
 _ALIASES = {
@@ -67,6 +67,27 @@ class Sample:
     defect: str | None
     mask: Path | None
     mask_index: int | None = None
+
+
+class Chosen(Sequence[Sample]):
+    """Some samples of a sequence, made when they are asked for: 8 bytes each, however many there are."""
+
+    def __init__(self, samples: Sequence[Sample], places: Sequence[int] | np.ndarray[Any, Any]) -> None:
+        self._samples = samples
+        self._places = np.asarray(places, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Chosen: ...
+    def __getitem__(self, index: int | slice) -> Sample | Chosen:
+        """Return the sample at ``index``, or some of the chosen ones."""
+        if isinstance(index, slice):
+            return Chosen(self._samples, self._places[index])
+        return self._samples[int(self._places[index])]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from adflow._files import make_folder, write_error
 from adflow._video import count
-from adflow.data import Dataset, Sample
+from adflow.data import Chosen, Dataset, Sample
 from adflow.data._scan import folders_in
 from adflow.errors import InputError, UnavailableError
 from adflow.imaging import show
@@ -65,11 +65,11 @@ class Frames(Sequence[Sample]):
     @overload
     def __getitem__(self, index: int) -> Sample: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        """Return the sample at ``index``, or a list of samples for a slice."""
+    def __getitem__(self, index: slice) -> Chosen: ...
+    def __getitem__(self, index: int | slice) -> Sample | Chosen:
+        """Return the sample at ``index``, or a sequence for a slice."""
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return Chosen(self, range(*index.indices(len(self))))
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)

@@ -76,7 +76,7 @@ class PositionGaussians(nn.Module):
         ridge: float,
         shrinkage: float = 0.0,
         work: int = WORK,
-        progress: Callable[[int, int, str], None] | None = None,
+        progress: Callable[[int, int, str], object] | None = None,
     ) -> Whitening | None:
         """Learn all positions, as many at a time as ``work`` bytes of statistics allow (at least one).
 

@@ -28,7 +28,7 @@ from adflow import _ranks
 from adflow._files import atomic_write
 from adflow.errors import InputError, TrainingError
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[int, int, str], object]
 Schedule = Callable[[int], float]
 Batch = TypeVar("Batch")
 
@@ -122,7 +122,7 @@ def train(
         average: decay of an exponential moving average of the weights, which are the result then.
         plateau: when to stop early; None = never.
         generator: what ``batches`` draws from; its state goes into the checkpoint as a check of identity.
-        progress: called with (steps done, steps, message) after every step.
+        progress: called with (steps done, steps, message) after every step; training ends when it returns True.
         checkpoint: file that an interrupted training is continued from; written beside and moved.
 
     Raises:
@@ -158,8 +158,8 @@ def train(
             run.record(value, window, plateau)
             if run.done % SNAPSHOT_STEPS == 0:
                 good = run.snapshot()
-        if progress:
-            progress(run.done, steps, "training")
+        if progress and progress(run.done, steps, "training"):
+            break
         if checkpoint is not None and time.monotonic() - written > CHECKPOINT_SECONDS and run.done < steps:
             if _ranks.rank() == 0:
                 run.save(checkpoint, identity)

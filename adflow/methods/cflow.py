@@ -56,7 +56,7 @@ from adflow.methods._cflow_paper import (
     turned,
 )
 from adflow.methods._context import TOGETHER, ContextWhitening
-from adflow.methods._memory import common_grid, concatenate
+from adflow.methods._memory import common_grid, concatenate, keep_within, parse_bytes
 from adflow.methods._train import one_cycle, train
 from adflow.methods._whiten import chi_square_fit
 
@@ -96,6 +96,8 @@ class CFlow(FeatureDetector):
             "none" = sums of -log p / C.
         rotate: training images are turned by up to so many degrees, uniformly (the original: 5).
         views: turned views kept of each training image.
+        max_memory: bytes the process may hold while fitting, such as "2GiB": fewer features are kept for training, and
+            a fit that cannot keep it is refused before it starts. None = no limit.
         base: options of every feature detector (smooth, image_score, margin).
     """
 
@@ -174,6 +176,7 @@ class CFlow(FeatureDetector):
         normaliser: str = "none",
         rotate: float = 0.0,
         views: int = 1,
+        max_memory: str | None = None,
         **base: Any,
     ) -> None:
         super().__init__(backbone, **base)
@@ -201,6 +204,7 @@ class CFlow(FeatureDetector):
         ):
             if number < lowest:
                 raise UsageError(f"{name} is {number}, expected at least {lowest}")
+        parse_bytes(max_memory)
         if views > 1 and not rotate:
             raise UsageError(f"views is {views} but rotate is 0", hint="Add --set rotate=5, or leave views out.")
         self.joint = joint
@@ -226,6 +230,7 @@ class CFlow(FeatureDetector):
         self.views = views
         # Everything after the first layer goes image by image.
         self.at_once = TOGETHER if joint and whiten == "context" and normaliser == "none" else 1
+        self.max_memory = max_memory
 
     @classmethod
     def recipe_for(cls, recipe: str, class_: str | None = None) -> dict[str, Any]:
@@ -245,6 +250,15 @@ class CFlow(FeatureDetector):
         """Create first layers and decoders, one or one per tap."""
         widths = [sum(channels)] if self.joint else list(channels)
         self.grids = [common_grid(grids, "coarsest")] if self.joint else list(grids)
+        cells = [height * width for height, width in self.grids]
+        # The first layer's work: moments, covariances and factors, in float64.
+        work = max(48 * p * (c + self.context) ** 2 for p, c in zip(cells, widths, strict=True))
+        keep_within(
+            parse_bytes(self.max_memory),
+            work if self.whiten == "context" else 0,
+            f"CFLOW-AD with {max(widths)} channels at {max(cells)} positions",
+            "Use a smaller size (--size), fewer taps (--taps), or a larger limit.",
+        )
         self.first = nn.ModuleList()
         self.decoders = nn.ModuleList()
         for width, grid in zip(widths, self.grids, strict=True):
@@ -338,7 +352,7 @@ class CFlow(FeatureDetector):
         order = torch.randperm(images, generator=generator)
         folds = min(self.folds, images // 2)
         per_image = layer.mean.numel() * 4 * bank.views
-        keep = max(2, min(images, POOL_BYTES // per_image))
+        keep = max(2, min(images, self._pool_bytes() // per_image))
         pool = []
         # Without couplings one part is enough: it only says how large the energies of new images are.
         for fold in range(max(1, folds) if self.blocks else 1):
@@ -380,9 +394,13 @@ class CFlow(FeatureDetector):
 
     def _vectors(self, bank: FeatureBank, head: int) -> Tensor:
         per_image = 4 * self.grids[head][0] * self.grids[head][1] * self._width(head)
-        step = -(-len(bank) * per_image // POOL_BYTES)
+        step = -(-len(bank) * per_image // self._pool_bytes())
         rows = self._rows(bank, head)
         return torch.cat([rows([row]) for row in range(0, len(bank), step)]).flatten(2).transpose(1, 2)
+
+    def _pool_bytes(self) -> int:
+        # Twice while its parts are joined, beside the features that are read.
+        return min(POOL_BYTES, (parse_bytes(self.max_memory) or 8 * POOL_BYTES) // 8)
 
     def _width(self, head: int) -> int:
         return int(self.decoders[head].dims_in[0][0])  # type: ignore[index]  # FrEIA is untyped

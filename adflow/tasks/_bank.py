@@ -52,6 +52,7 @@ class TrainFeatures:
             folder=resources.folder,
             dtype=resources.dtype,
             workers=resources.workers,
+            extract=resources.extract,
             progress=progress,
         )
         bad = {path for path, _ in source.skipped}

@@ -15,7 +15,7 @@ import numpy as np
 
 from adflow import metrics
 from adflow.calibration import Calibration, plain_regions
-from adflow.data import Dataset, Sample
+from adflow.data import Chosen, Dataset, Sample
 from adflow.detector import Detector, Progress
 from adflow.errors import InputError
 from adflow.imaging import fitted, mask_to, read_mask
@@ -122,8 +122,8 @@ def evaluate_detector(
     Raises:
         InputError: there is no labelled test image, or none can be read.
     """
-    labelled = [sample for sample in data.test if sample.label is not None]
-    if not labelled:
+    labelled = Chosen(data.test, [i for i, sample in enumerate(data.test) if sample.label is not None])
+    if not len(labelled):
         raise InputError(
             f"{data.name} has no test image with a known label",
             hint="Put good and defective test images in folders as `adflow list datasets` shows.",

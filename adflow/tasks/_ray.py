@@ -13,19 +13,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from adflow.backbones import Backbone
 from adflow.data import Sample
 from adflow.detector import Detector
 from adflow.errors import ResourceError, UnavailableError
+from adflow.features import Divisible, ImageSource, extract
 from adflow.pipeline import Scored, run
 from adflow.tasks._jobs import Work, sendable
 
 RETRIES = 3  # times that Ray starts a lost task again
 # Images a task scores: enough to pay for sending the detector, few enough that a lost node costs little.
 _MOST_IMAGES, _LEAST_IMAGES = 256, 8
+_ROWS = 32  # images whose features come back together
 
 
 @dataclass(frozen=True)
@@ -115,16 +119,45 @@ class Cluster:
             score.remote(shared, device.type, [samples[i] for i in range(at, min(at + size, len(samples)))])
             for at in range(0, len(samples), size)
         )
+        for found in self._in_order(tasks):
+            yield from found
+
+    def features(
+        self, backbone: Backbone, images: ImageSource
+    ) -> Iterator[tuple[tuple[int, int], list[torch.Tensor]]]:
+        """Yield (image size, pyramid of one row) of every image, in order; tasks take some images each.
+
+        So one detector is fitted on many nodes: what costs most, decoding and backbone, is done on all of them, and
+        the method learns here from the same features as ever.
+        """
+        import ray
+
+        assert isinstance(images, Divisible)
+        device = next(backbone.buffers()).device
+        shared = ray.put((_here(), backbone.to("cpu"), self.cpus))
+        backbone.to(device)
+        skipped: list[tuple[Path, str]] = []
+        take = ray.remote(_extract).options(**self._need())
+        parts = (images.part(at, at + _ROWS) for at in range(0, len(images), _ROWS))
+        for rows, bad in self._in_order(take.remote(shared, device.type, part) for part in parts):
+            skipped += bad
+            yield from rows
+        images.leave_out(skipped)
+
+    def _in_order(self, tasks: Iterator[Any]) -> Iterator[Any]:
+        """Yield the result of every task in order, with a few more than can run at once under way."""
+        import ray
+
         waiting = deque(islice(tasks, 2 * self.slots))
         try:
             while waiting:
                 try:
-                    found: list[Scored] = ray.get(waiting[0])
+                    found = ray.get(waiting[0])
                 except ray.exceptions.RayError as error:
                     raise _failure(error) from None
                 waiting.popleft()
                 waiting.extend(islice(tasks, 1))
-                yield from found
+                yield found
         finally:
             for task in waiting:
                 ray.cancel(task, force=True)
@@ -187,6 +220,15 @@ def _score(shared: tuple[Any, ...], device: str, samples: list[Sample]) -> list[
         workers=workers,
     )
     return list(found)
+
+
+def _extract(shared: tuple[Any, ...], device: str, images: Any) -> tuple[list[Any], list[tuple[Path, str]]]:
+    """Run in the task: take some images through the backbone; return rows, and what could not be read."""
+    here, backbone, workers = shared
+    _settle(here)
+    images.skipped.clear()
+    rows = extract(backbone.to(device), images, workers) if len(images) else []
+    return [(size, [level.cpu() for level in pyramid]) for size, pyramid in rows], images.skipped
 
 
 def _failure(error: Exception) -> Exception:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from adflow import __version__, _ranks, methods
 from adflow._files import write_text
 from adflow._lock import claim
 from adflow.calibration import Calibration
-from adflow.data import Dataset, Images, Sample
+from adflow.data import Chosen, Dataset, Images, Sample
 from adflow.detector import Detector, Progress, Resources
 from adflow.detector_file import digest, load_detector, save_detector
 from adflow.errors import InputError, UsageError
@@ -31,6 +32,7 @@ from adflow.tasks._ray import Cluster
 
 DEFAULT_METHOD = "cflow"
 DEFAULT_SIZE: Size = (256, 256)
+_MAP_BYTES = 64 << 20  # score maps held at once while calibrating
 PROCESS = 1 << 30  # bytes a process takes with torch, a backbone and a learned method, before features and maps
 
 
@@ -285,7 +287,7 @@ def fit_detector(
         "skipped": skipped,
         "seconds": {"fit": round(learned - began, 3), "calibration": round(done - learned, 3)},
         "calibration": None if detector.calibration is None else detector.calibration.health(fit_scores),
-        "null": _null_health(detector, [train[i] for i in held]) if gaussian else None,
+        "null": _null_health(detector, Chosen(train, held)) if gaussian else None,
         "digest": digest({k: v.cpu() for k, v in detector.learned().items()}, {}),
     }
 
@@ -309,7 +311,7 @@ def _learn(
     skipped: list[str] = [] if features is None else list(features.skipped)
 
     def learn(indices: Sequence[int], message: str) -> None:
-        source = Images([train[i] for i in indices], size, keep_aspect=keep_aspect, strict=options.strict)
+        source = Images(Chosen(train, indices), size, keep_aspect=keep_aspect, strict=options.strict)
         resources = options.resources
         if features is not None:
             resources = replace(resources, bank=features.of(indices))
@@ -322,7 +324,7 @@ def _learn(
         if _ranks.rank() > 0:
             return None
         known = None if features is None else features.calibration(detector, indices)
-        return known or _calibration(detector, [train[i] for i in indices], options.strict, options.resources.workers)
+        return known or _calibration(detector, Chosen(train, indices), options.strict, options.resources.workers)
 
     out_of_fold: list[Calibration | None] = []
     if options.folds > 1:
@@ -347,21 +349,22 @@ def _learn(
 def _calibration(
     detector: Detector, good: Sequence[Sample], strict: bool, workers: int | None = None
 ) -> Calibration:
-    maps: list[np.ndarray] = []
-    scores: list[float] = []
-    for scored in run(detector, good, strict=strict, workers=workers):
-        if scored.error is None:
-            maps.append(scored.map)
-            scores.append(scored.image)
-    if not maps:
+    parts: list[Calibration] = []
+    readable = (scored for scored in run(detector, good, strict=strict, workers=workers) if scored.error is None)
+    while first := next(readable, None):
+        # Maps of many images are reduced part by part, so that memory does not grow with them.
+        most = max(2, _MAP_BYTES // first.map.nbytes)
+        part = [first, *islice(readable, most - 1)]
+        parts.append(Calibration.from_maps([s.map for s in part], np.array([s.image for s in part])))
+    if not parts:
         raise InputError("none of the images held out for calibration could be read")
-    return Calibration.from_maps(maps, np.asarray(scores))
+    return parts[0] if len(parts) == 1 else Calibration.merge(parts)
 
 
 def _null_health(detector: Detector, good: Sequence[Sample], most: int = 32) -> list[dict[str, Any]]:
     """Return per scale how the energies of held-out images compare with the Gaussian null model's chi-square."""
     assert detector.size is not None
-    images = Images(list(good[:most]), detector.size, keep_aspect=detector.keep_aspect)
+    images = Images(good[:most], detector.size, keep_aspect=detector.keep_aspect)
     parts = [detector.energies(batch) for batch in images.batches(8)]
     energies = [
         (np.concatenate([part[k].chi2.cpu().numpy() for part in parts]), parts[0][k].dof) for k in range(len(parts[0]))

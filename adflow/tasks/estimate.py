@@ -1,0 +1,209 @@
+"""``fit --estimate``: time and memory of a fit before it starts, measured on a few of its images.
+
+Decoding and backbone are timed on some images. The method then learns from 32, 64, 128, ... images, made of these
+few, until that takes a few seconds, and the course is extended to all of them; of a training a few steps are timed. It
+is a forecast for this machine as it is now: other programs and other disks change it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adflow.calibration import Calibration
+from adflow.data import Chosen, Dataset, Images
+from adflow.detector import Detector, FeatureDetector
+from adflow.errors import InputError
+from adflow.features import DTYPES, FeatureBank
+from adflow.imaging import Size
+from adflow.pipeline import run
+from adflow.tasks._device import choose_device
+from adflow.tasks.fit import FitOptions, hold_out, prepare
+
+_IMAGES = 32  # that are read
+_LONG = 3.0  # seconds: a probe that takes longer is the last
+_STEPS, _STEP_SECONDS = 20, 2.0  # of a training that are timed; whichever comes first
+_SCORED = 8  # images that are scored after a probe
+
+
+class _Probe(NamedTuple):
+    """A fit on ``images``: seconds of learning, seconds to score and calibrate one image, bytes beside the bank."""
+
+    images: int
+    learn: float
+    score: float
+    extra: int
+
+
+def estimate(data: Dataset, options: FitOptions) -> dict[str, Any]:
+    """Return what fitting ``data`` will take; nothing is written.
+
+    Returns:
+        images, held_out, seconds {"features", "fit", "calibration", "total"}, milliseconds an image {"features",
+        "score"}, memory and disk in bytes (memory None where the system does not tell), images of the largest probe.
+
+    Raises:
+        InputError: fewer than 4 images that can be read.
+    """
+    detector, size, keep_aspect = prepare(data, options)
+    device = str(choose_device(options.device))
+    chosen, held = hold_out(len(data.train), 0.0 if options.folds > 1 else options.holdout, options.seed)
+    few = Chosen(data.train, np.linspace(0, len(data.train) - 1, min(_IMAGES, len(data.train))).round().astype(int))
+    if len(few) < 4:
+        raise InputError(f"{len(few)} training images, expected at least 4 to estimate from")
+    detector.to(device)
+    images = Images(few, size, keep_aspect=keep_aspect, strict=options.strict)
+
+    def build(source: Images) -> FeatureBank:
+        return FeatureBank.build(detector.backbone, source, workers=options.resources.workers)
+
+    build(images.part(0, 4)).close()  # the first images pay for loading libraries
+    _forget_peak()
+    began = time.perf_counter()
+    bank = build(images)
+    per_image = (time.perf_counter() - began) / len(images)
+    stage = _memory("VmHWM")
+    row = sum(c * h * w for c, (h, w) in zip(bank.channels, bank.grids, strict=True))
+    row *= DTYPES[options.resources.dtype].itemsize
+    own = not isinstance(detector, FeatureDetector) or bool(getattr(detector, "rotate", 0)) or _reads_images(detector)
+    probes: list[_Probe] = []
+    wanted, most, took = 32, len(chosen), 0.0
+    while not probes or (probes[-1].images < most and (took < _LONG or len(probes) < 2)):
+        began = time.perf_counter()
+        probes.append(_probe(data, options, size, keep_aspect, few, None if own else bank, min(wanted, most)))
+        took = time.perf_counter() - began
+        wanted *= 2
+    bank.close()
+    learn = max(0.0, _extended([(p.images, p.learn) for p in probes], most))
+    score = max(probes[-1].score, _extended([(p.images, p.score) for p in probes], most))
+    extra = max(probes[-1].extra, _extended([(p.images, float(p.extra)) for p in probes], most))
+    times = options.folds + 1 if options.folds > 1 else 1
+    count = len(data.train) if options.folds > 1 else most
+    scored = len(data.train) if options.folds > 1 else len(held)
+    features = 0.0 if own else per_image * count
+    in_ram = 0 if own else row * count
+    disk = in_ram if in_ram > options.resources.memory else 0
+    held_in_ram = in_ram - disk
+    now = _memory("VmRSS")
+    few_bytes = row * len(few)
+    memory = None if now is None or stage is None else int(max(stage, now - few_bytes + extra) + held_in_ram)
+    seconds = {"features": features, "fit": learn * times, "calibration": score * scored}
+    return {
+        "data": data.name,
+        "method": detector.method(),
+        "size": list(size),
+        "images": len(chosen),
+        "held_out": scored,
+        "seconds": {k: round(v, 2) for k, v in (seconds | {"total": sum(seconds.values())}).items()},
+        "ms_per_image": {"features": round(1e3 * per_image, 2), "score": round(1e3 * score, 2)},
+        "memory": memory,
+        "disk": disk,
+        "probed_with": probes[-1].images,
+    }
+
+
+def _reads_images(detector: Detector) -> bool:
+    """Return whether a method brings images to features in a way of its own."""
+    return type(detector).fit is not FeatureDetector.fit and "max_memory" not in detector.parameters_of()
+
+
+def _probe(
+    data: Dataset,
+    options: FitOptions,
+    size: Size,
+    keep_aspect: bool,
+    few: Chosen,
+    bank: FeatureBank | None,
+    count: int,
+) -> _Probe:
+    """Fit on ``count`` images made of the few, from their features or, without ``bank``, from their files."""
+    detector, _, _ = prepare(data, options)
+    detector.to(choose_device(options.device))
+    detector.keep_aspect = keep_aspect
+    training = _Training()
+    before = _memory("VmRSS")
+    _forget_peak()
+    began = time.perf_counter()
+    if bank is not None:
+        assert isinstance(detector, FeatureDetector)
+        rows = [i % len(bank) for i in range(count)]
+        detector.fit_bank(bank.subset(rows), seed=options.seed, progress=training)
+    else:
+        source = Images(Chosen(few, [i % len(few) for i in range(count)]), size, keep_aspect)
+        resources = replace(options.resources, checkpoint=None)
+        detector.fit(source, seed=options.seed, resources=resources, progress=training)
+    learn = time.perf_counter() - began + training.left()
+    peak = _memory("VmHWM")
+    scored = few[: min(_SCORED, len(few))]
+    began = time.perf_counter()
+    found = [s for s in run(detector, scored, workers=options.resources.workers) if s.error is None]
+    if options.holdout or options.folds > 1:
+        Calibration.from_maps([s.map for s in found], np.array([s.image for s in found]))
+    score = (time.perf_counter() - began) / len(scored)
+    return _Probe(count, learn, score, max(0, (peak or 0) - (before or 0)))
+
+
+class _Training:
+    """Lets a training run for a few steps, and knows what the others will take."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.first = 0.0
+        self.per_step = 0.0
+        self.missing = 0
+
+    def __call__(self, done: int, total: int, message: str) -> bool:
+        if message != "training":
+            return False
+        now = time.perf_counter()
+        if done == 1:
+            self.first = now  # the first step pays for allocating
+            return False
+        self.per_step = (now - self.first) / (done - 1)
+        enough = done >= _STEPS or now - self.first > _STEP_SECONDS
+        if enough:
+            self.missing += total - done
+        return enough
+
+    def left(self) -> float:
+        return self.missing * self.per_step
+
+
+def _extended(points: Sequence[tuple[int, float]], to: int) -> float:
+    """Return the value at ``to``: along the line of the last two points, or the power where they grow like one.
+
+    >>> _extended([(32, 3.0), (64, 5.0)], 128), _extended([(16, 1.0), (32, 4.0), (64, 16.0)], 128)
+    (9.0, 64.0)
+    """
+    (x, y) = points[-1]
+    if to <= x or len(points) == 1 or y <= 0:
+        return y * to / x if len(points) == 1 else y
+    x0, y0 = points[-2]
+    power = math.log(y / y0) / math.log(x / x0) if 0 < y0 < y else 0.0
+    if power > 1.4 and x0 < x:  # a line would fall short
+        return float(y * (to / x) ** min(power, 2.0))
+    return float(y + max(0.0, y - y0) * (to - x) / (x - x0))
+
+
+def _memory(what: str) -> int | None:
+    """Return VmRSS (resident now) or VmHWM (its peak) of this process in bytes; None where Linux does not tell."""
+    try:
+        found = re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def _forget_peak() -> None:
+    """Let the peak of resident memory begin anew, where the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
