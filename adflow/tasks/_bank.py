@@ -128,6 +128,12 @@ def bank_key(detector: Detector, size: Size, keep_aspect: bool) -> tuple[Any, ..
     return backbone.name, backbone.taps, backbone.weights, size, keep_aspect
 
 
+def image_bytes(detector: Detector, size: Size) -> int:
+    """Return about how many bytes the float32 features of one image take."""
+    taps = zip(detector.backbone.channels, detector.backbone.strides, strict=True)
+    return 4 * sum(channels * -(-size[0] // step) * -(-size[1] // step) for channels, step in taps)
+
+
 def can_share(detector: Detector, settings: dict[str, Any]) -> bool:
     """Return whether a detector may be fitted on features that others use too.
 

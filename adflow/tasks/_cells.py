@@ -30,7 +30,7 @@ from adflow.detector_file import read_header
 from adflow.errors import AdflowError, InputError, UsageError
 from adflow.metrics import PixelHistograms
 from adflow.runs import run_name
-from adflow.tasks._bank import bank_key
+from adflow.tasks._bank import bank_key, image_bytes
 from adflow.tasks._device import choose_device
 from adflow.tasks._measure import MAP_MEMORY, Evaluation, map_bytes, streaming_note, streams
 from adflow.tasks.fit import PROCESS, FitOptions, prepare
@@ -221,8 +221,7 @@ def _facts(data: Dataset, options: FitOptions) -> dict[str, Any]:
     backbone = detector.backbone
     shared = bank_key(detector, size, keep)
     fit = [options.method, detector.params(), backbone.name, backbone.taps, backbone.weights, size, keep]
-    taps = zip(backbone.channels, backbone.strides, strict=True)
-    image = 4 * sum(channels * -(-size[0] // step) * -(-size[1] // step) for channels, step in taps)
+    image = image_bytes(detector, size)
     return {"backbone": backbone.name, "fit": plain(fit), "group": shared, "size": size, "image_bytes": image}
 
 

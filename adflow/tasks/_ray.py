@@ -68,10 +68,13 @@ class Cluster:
         """
         import ray
 
+        # What no node has would never start: such a unit gets a node with the most memory.
+        most = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+
         def start(unit: int, at: int) -> Any:
             # Streaming: a result is here when it is made, and stays when its node is lost later.
-            need = {"num_returns": "streaming", "memory": memory[unit] if memory else None, **self._need()}
-            return ray.remote(_serve).options(**need).remote(_here(), work, units[unit][at:])
+            need = {"num_returns": "streaming", "memory": min(memory[unit], most) if memory else None}
+            return ray.remote(_serve).options(**need, **self._need()).remote(_here(), work, units[unit][at:])
 
         streams = {start(unit, 0): (unit, 0) for unit in range(len(units))}
         try:

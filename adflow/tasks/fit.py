@@ -26,7 +26,7 @@ from adflow.imaging import Size
 from adflow.nfa import null_health
 from adflow.pipeline import run
 from adflow.runs import DETECTOR, run_name, runs_folder
-from adflow.tasks._bank import TrainFeatures, can_share
+from adflow.tasks._bank import TrainFeatures, can_share, image_bytes
 from adflow.tasks._device import choose_device
 from adflow.tasks._ray import Cluster
 
@@ -178,7 +178,10 @@ def fit_on(
     options = replace(options, resources=replace(options.resources, workers=cluster.cpus))
     units = [[_Class(one, options, runs, resume, command)] for one in classes]
     found: list[dict[str, Any] | Exception] = [RuntimeError("not fitted")] * len(units)
-    memory = [PROCESS + options.resources.memory] * len(units)
+    memory = []
+    for one in classes:
+        detector, size, _ = prepare(one, options)
+        memory.append(PROCESS + min(options.resources.memory, image_bytes(detector, size) * len(one.train)))
     for done, (unit, _, result) in enumerate(cluster.units(fit_classes, units, memory)):
         found[unit] = result
         if progress:
