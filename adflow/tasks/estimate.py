@@ -87,6 +87,8 @@ def estimate(data: Dataset, options: FitOptions) -> dict[str, Any]:
     times = options.folds + 1 if options.folds > 1 else 1
     count = len(data.train) if options.folds > 1 else most
     scored = len(data.train) if options.folds > 1 else len(held)
+    if options.folds <= 1 and held:
+        scored += len(range(0, most, max(1, most // len(held))))  # images of the fit that are scored beside them
     features = 0.0 if own else per_image * count
     in_ram = 0 if own else row * count
     disk = in_ram if in_ram > options.resources.memory else 0
@@ -100,7 +102,7 @@ def estimate(data: Dataset, options: FitOptions) -> dict[str, Any]:
         "method": detector.method(),
         "size": list(size),
         "images": len(chosen),
-        "held_out": scored,
+        "held_out": len(data.train) if options.folds > 1 else len(held),
         "seconds": {k: round(v, 2) for k, v in (seconds | {"total": sum(seconds.values())}).items()},
         "ms_per_image": {"features": round(1e3 * per_image, 2), "score": round(1e3 * score, 2)},
         "memory": memory,
