@@ -23,7 +23,7 @@ PLUMBING = {
     "pipeline": ["bundle", "runs"],
     "report": ["_grid", "_page", "published"],
     "data": ["_weights"],
-    "detector": ["_stores"],
+    "detector": ["_rows"],
     "zoo": ["_catalogue", "_files", "_lock", "_store", "_unpack"],
     "imaging": ["_clock", "_maxtree", "_nets", "_nfa_block", "_ranks", "_regions", "_system", "_video"],
 }
