@@ -86,9 +86,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def is_temporary(path: Path) -> bool:
-    """Return whether ``path`` is what :func:`atomic_write` leaves when its process is killed."""
-    return _TEMPORARY.fullmatch(path.name) is not None and path.is_file()
+def tidy(folder: Path, *inside: str) -> None:
+    """Remove what :func:`atomic_write` leaves when its process is killed; nobody may be writing there.
+
+    Args:
+        folder: looked through itself, but not the folders in it,
+        inside: other than these, which are looked through to their ends.
+    """
+    try:
+        for place in (folder.iterdir(), *((folder / name).rglob("*") for name in inside)):
+            for path in place:
+                if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                    path.unlink(missing_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,10 +11,10 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from adflow._files import is_temporary, make_folder, write_error
+from adflow._files import make_folder, tidy, write_error
 from adflow.errors import ResourceError
 
 if sys.platform == "win32":
@@ -63,8 +63,7 @@ def lock(path: Path, waiting: Callable[[], None] | None = None, pause: float = 0
 def claim(folder: Path, *inside: str) -> Iterator[None]:
     """Be the only one who writes to ``folder``, created when it is not there, while the body runs.
 
-    First, what a killed process left half-written there is removed: files of
-    :func:`adflow._files.atomic_write` in ``folder`` itself, and anywhere below its folders ``inside``.
+    First, what a killed process left half-written there is removed, see :func:`adflow._files.tidy`.
 
     Raises:
         ResourceError: somebody else writes there now, or nobody may.
@@ -77,7 +76,7 @@ def claim(folder: Path, *inside: str) -> Iterator[None]:
             f"another process is writing to {folder}", hint="Wait until it has ended, or give another --out."
         )
     try:
-        _tidy(folder, inside)
+        tidy(folder, *inside)
         yield
     finally:
         # On Windows an open file cannot be removed, elsewhere a closed one may be somebody's already.
@@ -90,16 +89,6 @@ def claim(folder: Path, *inside: str) -> Iterator[None]:
         if mine:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only when nothing was written
-
-
-def _tidy(folder: Path, inside: Sequence[str]) -> None:
-    try:
-        for place in (folder.iterdir(), *((folder / name).rglob("*") for name in inside)):
-            for file in place:
-                if is_temporary(file):
-                    file.unlink(missing_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
 
 
 def _take(path: Path) -> int | None:

@@ -175,7 +175,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not UTF-8 text: {error.reason}") from error
     try:
         raw = _construct(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # days and numbers that are none; nesting
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds {type(raw).__name__}, expected a mapping with {', '.join(KINDS)}")

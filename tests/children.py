@@ -67,6 +67,8 @@ class Children:
         """Start a run; ``where`` may hold ``cwd`` and ``env``. Returns its number."""
         self.count += 1
         base = Path(self.folder.name) / str(self.count)
+        for suffix in (".out", ".err"):
+            base.with_suffix(suffix).touch()
         request = {"argv": [str(a) for a in argv], "base": str(base), "fault": fault, **where}
         self._ask({"start": self.count, **request})
         return self.count

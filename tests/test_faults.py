@@ -29,6 +29,8 @@ from adflow._files import atomic_write, write_text
 from adflow._lock import claim, lock
 from adflow._unpack import unpack
 from adflow._weights import read_weights
+from adflow.cli._console import Talk
+from adflow.cli._options import settings
 from adflow.data import Sample
 from adflow.detector import Detector, Scores
 from adflow.detector_file import digest, load_detector, read_header, save_detector
@@ -281,6 +283,14 @@ def test_a_catalogue_that_swells_is_refused(text: str, tmp_path: Path) -> None:
         zoo.load(tmp_path / "zoo.yaml")
 
 
+@pytest.mark.parametrize("text", ["a: 2026-13-45", "a: " + "9" * 5000, "[" * 5000])
+def test_values_that_yaml_stumbles_over(text: str, tmp_path: Path) -> None:
+    (tmp_path / "zoo.yaml").write_text(text)
+    with pytest.raises(InputError, match="is not YAML"):
+        zoo.load(tmp_path / "zoo.yaml")
+    assert settings([f"name={text[3:]}"])
+
+
 def test_messages_stay_one_short_line(tmp_path: Path) -> None:
     (tmp_path / "zoo.yaml").write_text(f"version: {'x' * 5000}\n")
     with pytest.raises(InputError) as found:
@@ -365,6 +375,31 @@ def test_typing_errors_are_usage(argv: list[str], capsys: pytest.CaptureFixture[
     assert cli.run(argv) == 2
     captured = capsys.readouterr()
     assert "Usage: adflow" in captured.err and captured.out == ""
+
+
+def test_a_path_that_cannot_be_used_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for error, code in ((PermissionError(errno.EACCES, "Permission denied", "a/b"), 5),
+                        (OSError(errno.EIO, "Input/output error", "a/b"), 3)):  # fmt: skip
+
+        def fail(*_: object, error: OSError = error) -> None:
+            raise error
+
+        monkeypatch.setattr("adflow.methods.facts", fail)
+        assert cli.run(["list", "methods"]) == code
+        assert f"cannot use a/b: {error.strerror}" in capsys.readouterr().err
+    assert cli.run(["fit", "x" * 5000]) in (2, 3)
+    assert capsys.readouterr().err.count("error ") == 1
+
+
+def test_a_name_is_not_obeyed_by_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["fit", "no\x1b[2Jsuch/\x07folder"]) == 3
+    captured = capsys.readouterr()
+    Talk().warn("skipped \x1b]0;title\x07.png")
+    Talk().data({}, "a\x1b[31m.png\nb")
+    both = captured.err + "".join(capsys.readouterr())
+    assert "\x1b" not in both and "\x07" not in both and "a\\x1b[31m.png\nb" in both
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

@@ -13,7 +13,7 @@ import sys
 import typer
 
 from adflow.cli import calibrate, doctor, download, evaluate, export, fit, listing, score, segment
-from adflow.errors import AdflowError, ResourceError
+from adflow.errors import AdflowError, InputError, ResourceError
 
 app = typer.Typer(
     name="adflow",
@@ -77,6 +77,12 @@ def run(arguments: list[str]) -> int:
         # The reader of our output (head, less) has gone: not an error. Python must not complain at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # No permission, a name too long, a share that is gone: the machine's state, wherever it was met.
+        kind = ResourceError if isinstance(error, PermissionError) else InputError
+        return _tell(kind(f"cannot use {error.filename}: {error.strerror}", hint="Look at the path and its rights."))
     except MemoryError:
         return _tell(_out_of_memory("the machine"))
     except RuntimeError as error:
@@ -97,8 +103,10 @@ def _tell(error: AdflowError) -> int:
     from rich.console import Console
     from rich.markup import escape
 
+    from adflow.cli._console import visible
+
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]error[/bold red] {escape(str(error))}")
+    console.print(f"[bold red]error[/bold red] {escape(visible(str(error)))}")
     if error.hint:
-        console.print(f"[dim]  →[/dim] {escape(error.hint)}")
+        console.print(f"[dim]  →[/dim] {escape(visible(error.hint))}")
     return error.exit_code

@@ -19,6 +19,15 @@ from rich.markup import escape
 Step = Callable[[int, int, str], None]
 
 
+def visible(text: str) -> str:
+    r"""Write control characters as escapes: a terminal would obey those that the name of a file holds.
+
+    >>> visible("a\x1b[31mred\nb")
+    'a\\x1b[31mred\nb'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class Talk:
     """The voice of one command.
 
@@ -36,22 +45,22 @@ class Talk:
     def say(self, text: str) -> None:
         """Tell the user something; plain text."""
         if not self.quiet:
-            self.err.print(escape(text))
+            self.err.print(escape(visible(text)))
 
     def detail(self, text: str) -> None:
         """Tell the user something only ``--verbose`` wants to know."""
         if self.verbose and not self.quiet:
-            self.err.print(escape(text), style="dim")
+            self.err.print(escape(visible(text)), style="dim")
 
     def warn(self, text: str) -> None:
         """Tell the user what may be wrong."""
         if not self.quiet:
-            self.err.print(f"[yellow]warning[/yellow] {escape(text)}")
+            self.err.print(f"[yellow]warning[/yellow] {escape(visible(text))}")
 
     def next(self, command: str) -> None:
         """Name the command to type next."""
         if not self.quiet:
-            self.err.print(f"[dim]next:[/dim] {escape(command)}")
+            self.err.print(f"[dim]next:[/dim] {escape(visible(command))}")
 
     def data(self, value: dict[str, Any], table: Any = None) -> None:
         """Print the result: the JSON object with ``--json``, else ``table`` (a rich table or text)."""
@@ -59,7 +68,7 @@ class Talk:
             print_json(value)
         elif isinstance(table, str):
             # As it is: paths and addresses must not be broken into lines or read as markup.
-            sys.stdout.write(table + "\n")
+            sys.stdout.write(visible(table) + "\n")
         elif table is not None:
             self.out.print(table)
 

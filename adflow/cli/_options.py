@@ -89,7 +89,7 @@ def settings(pairs: list[str] | None) -> dict[str, Any]:
             raise UsageError(f"--set takes name=value, found '{pair}'")
         try:
             found[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             found[name.strip()] = value
     return found
 

@@ -91,6 +91,8 @@ def _table(result: dict[str, Any], top: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
+    from adflow.imaging import show
+
     rows = sorted((r for r in result["rows"] if not r["error"]), key=lambda row: -row["score"])
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("image", overflow="fold")
@@ -99,7 +101,7 @@ def _table(result: dict[str, Any], top: int) -> Any:
     for row in rows[: top or None]:
         verdict = row["verdict"] or "-"
         table.add_row(
-            Text(row["image"]),
+            Text(show(row["image"])),
             f"{row['score']:.4g}",
             "-" if row["p_value"] is None else f"{row['p_value']:.3f}",
             Text(verdict, style="bold red" if verdict == "defect" else ""),

@@ -97,6 +97,8 @@ def _table(result: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
+    from adflow.imaging import show
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("image", overflow="fold")
     for name in ("regions", "pixels", "log10 NFA", "verdict"):
@@ -105,7 +107,7 @@ def _table(result: dict[str, Any]) -> Any:
     rows.sort(key=lambda row: (row["log10_nfa"] if row["log10_nfa"] is not None else 0.0, -row["score"]))
     for row in rows[:20]:
         table.add_row(
-            Text(row["image"]),
+            Text(show(row["image"])),
             str(row["regions"]),
             str(row["area"]),
             "-" if row["log10_nfa"] is None else f"{row['log10_nfa']:.2f}",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from adflow import _store, fetch, zoo
-from adflow._files import make_folder, write_error, write_text
+from adflow._files import make_folder, tidy, write_error, write_text
 from adflow._lock import lock
 from adflow._unpack import Unpacked, is_archive, unpack
 from adflow.errors import InputError, UsageError
@@ -196,6 +196,7 @@ def download(
     class_ = name.partition("/")[2] or None
     place = zoo.data_folder(entry.name, root)
     with lock(make_folder(place) / ".adflow" / "lock", _wait(say, place)):
+        tidy(place / ".adflow")
         if source is None and _present(entry, class_, place):
             done = Downloaded(name, [place], already=True)
         else:

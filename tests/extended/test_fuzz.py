@@ -1,0 +1,593 @@
+"""Thousands of damaged and hostile inputs: each gives a result or one AdflowError, within ten seconds.
+
+Seeds of every kind are damaged by bytes that hypothesis chooses; what it found before is in the corpus below.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import signal
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import TinyBackbone, make_tiny_images
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+
+from adflow import cli, detector_file, methods, zoo
+from adflow._unpack import unpack
+from adflow._weights import read_weights
+from adflow.bundle import read_metadata
+from adflow.data import Sample
+from adflow.detector import Detector
+from adflow.detector_file import load_detector, read_header, save_detector
+from adflow.errors import AdflowError
+from adflow.imaging import fit_to, image_size, read_image, read_mask
+from adflow.pipeline import run
+from adflow.tasks._cells import read_cell, read_cells
+
+Count = Callable[[str, bool], None]
+SECONDS = 10
+
+
+def quick(examples: int) -> Any:
+    return settings(
+        max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    def late(*_: object) -> None:
+        raise TimeoutError(f"no answer within {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def little_memory() -> Iterator[None]:
+    """At most 3 GiB more: an input that takes all memory must fail here, not end the machine's other work."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (3 << 30), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def survives(kind: str, call: Callable[[], Any], count: Count, about: object) -> Any:
+    """Call; an AdflowError of one line is an answer, all else is a defect."""
+    try:
+        with limited():
+            found = call()
+    except AdflowError as error:
+        assert "\n" not in str(error).strip() and len(str(error)) < 5000, (about, str(error))
+        found = error
+    except BaseException as error:
+        count(kind, False)
+        raise AssertionError(f"{kind}: {about!r:.300}: {type(error).__name__}: {error}") from error
+    count(kind, True)
+    return found
+
+
+DAMAGE = st.lists(
+    st.tuples(
+        st.sampled_from(["flip", "set", "cut", "drop", "repeat", "zero", "number"]),
+        st.floats(0, 1, exclude_max=True),
+        st.integers(0, 2**32 - 1),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def damage(content: bytes, steps: list[tuple[str, float, int]]) -> bytes:
+    """The content with some bytes changed, most of them near the front, where formats keep their sizes."""
+    data = bytearray(content)
+    for how, place, value in steps:
+        if not data:
+            break
+        at = int(len(data) * place**2)
+        if how == "flip":
+            data[at] ^= 1 << value % 8
+        elif how == "set":
+            data[at] = (0, 255, 127, 128, 1)[value % 5]
+        elif how == "cut":
+            del data[at:]
+        elif how == "drop":
+            del data[at : at + value % 64]
+        elif how == "repeat":
+            data[at:at] = data[at : at + value % 64]
+        elif how == "zero":
+            data[at : at + value % 32] = bytes(len(data[at : at + value % 32]))
+        else:
+            data[at : at + 4] = struct.pack("<I" if value & 1 else ">I", value)
+    return bytes(data)
+
+
+# ---- images
+
+
+def pictures() -> dict[str, bytes]:
+    """One of each kind that cameras, scanners and editors write."""
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 255, (20, 30), dtype=np.uint8)
+    rgb = rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    deep = rng.integers(0, 65535, (20, 30), dtype=np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colour, plain = Image.fromarray(rgb), Image.fromarray(grey)
+    palette = colour.quantize(8)
+    kinds: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+        "grey.png": (plain, {}),
+        "rgb.png": (colour, {}),
+        "rgba.png": (colour.convert("RGBA"), {}),
+        "la.png": (plain.convert("LA"), {}),
+        "bit.png": (plain.convert("1"), {}),
+        "deep.png": (Image.fromarray(deep), {}),
+        "palette.png": (palette, {"transparency": 3}),
+        "interlaced.png": (colour, {"interlace": 1}),
+        "animated.png": (colour, {"save_all": True, "append_images": [colour.rotate(90)]}),
+        "rgb.jpg": (colour, {}),
+        "grey.jpg": (plain, {}),
+        "cmyk.jpg": (colour.convert("CMYK"), {}),
+        "turned.jpg": (colour, {"exif": exif}),
+        "progressive.jpg": (colour, {"progressive": True}),
+        "rgb.bmp": (colour, {}),
+        "palette.bmp": (palette, {}),
+        "bit.bmp": (plain.convert("1"), {}),
+        "rgb.tif": (colour, {}),
+        "lzw.tif": (colour, {"compression": "tiff_lzw"}),
+        "zip.tif": (plain, {"compression": "tiff_adobe_deflate"}),
+        "jpeg.tif": (colour, {"compression": "jpeg"}),
+        "deep.tif": (Image.fromarray(deep), {}),
+        "float.tif": (Image.fromarray(grey.astype(np.float32) / 255), {}),
+        "int.tif": (Image.fromarray(deep.astype(np.int32)), {}),
+        "cmyk.tif": (colour.convert("CMYK"), {}),
+        "pages.tif": (colour, {"save_all": True, "append_images": [plain]}),
+        "rgb.webp": (colour, {}),
+        "lossless.webp": (colour.convert("RGBA"), {"lossless": True}),
+        "animated.webp": (colour, {"save_all": True, "append_images": [colour.rotate(90)]}),
+        "palette.gif": (palette, {"transparency": 1}),
+        "animated.gif": (palette, {"save_all": True, "append_images": [palette.rotate(180)]}),
+        "rgb.ppm": (colour, {}),
+        "grey.pgm": (plain, {}),
+        "deep.pgm": (Image.fromarray(deep), {}),
+        "bit.pbm": (plain.convert("1"), {}),
+        "rgb.jp2": (colour, {}),
+        "one.png": (colour.resize((1, 1)), {}),
+        "row.png": (colour.resize((10000, 1)), {}),
+        "column.png": (colour.resize((1, 10000)), {}),
+    }
+    found = {}
+    for name, (picture, options) in kinds.items():
+        stream = io.BytesIO()
+        form = {"jpg": "JPEG", "tif": "TIFF", "jp2": "JPEG2000", "pgm": "PPM", "pbm": "PPM"}
+        suffix = name.rpartition(".")[2]
+        picture.save(stream, form.get(suffix, suffix.upper()), **options)
+        found[name] = stream.getvalue()
+    return found
+
+
+def bombs() -> dict[str, bytes]:
+    """Small files that declare, or hold, huge pictures."""
+
+    def png(width: int, height: int, data: bytes) -> bytes:
+        import zlib
+
+        def chunk(kind: bytes, body: bytes) -> bytes:
+            return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+        head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+        return b"\x89PNG\r\n\x1a\n" + body
+
+    def bmp(width: int, height: int) -> bytes:
+        head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+        return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + head
+
+    found = {}
+    for width, height in ((2**31 - 1, 2**31 - 1), (60000, 60000), (13000, 13000), (0, 0), (0, 5), (1, 2**31 - 1)):
+        found[f"{width}x{height}.png"] = png(width, height, bytes(1000))
+        found[f"{width}x{height}.bmp"] = bmp(width, height)
+        found[f"{width}x{height}.pgm"] = f"P5 {width} {height} 255\n".encode()
+        found[f"{width}x{height}.txt.ppm"] = f"P3 {width} {height} 255\n1 2".encode()
+        gif = b"GIF89a" + struct.pack("<HHBBB", width & 65535, height & 65535, 0x80, 0, 0) + bytes(6)
+        found[f"{width}x{height}.gif"] = gif + b"," + struct.pack("<HHHHB", 0, 0, width & 65535, height & 65535, 0)
+    found["negative.bmp"] = bmp(-5, -5)
+    found["whole.png"] = png(8000, 8000, bytes(8000 * 24001))
+    return found
+
+
+def look(path: Path) -> None:
+    """Everything that is done with a picture; sizes must agree."""
+    expected = None
+    with suppress(AdflowError):
+        expected = image_size(path)
+    picture = read_image(path)
+    assert expected is None or picture.shape[:2] == expected, (expected, picture.shape)
+    for keep in (False, True):
+        planes, _ = fit_to(picture, (32, 48), keep)
+        assert planes.shape == (3, 32, 48) and np.isfinite(planes).all() and planes.min() >= 0 and planes.max() <= 1
+    mask = read_mask(path)
+    assert mask.shape == picture.shape[:2] and mask.dtype == bool
+
+
+def test_pictures_of_every_kind(tmp_path: Path, count: Count) -> None:
+    for name, content in pictures().items():
+        (tmp_path / name).write_bytes(content)
+        found = survives("pictures, whole", lambda name=name: look(tmp_path / name), count, name)  # type: ignore[misc]
+        assert found is None, (name, found)
+        for cut in range(0, len(content), max(1, len(content) // 12)):
+            (tmp_path / name).write_bytes(content[:cut])
+            survives("pictures, cut", lambda name=name: look(tmp_path / name), count, (name, cut))  # type: ignore[misc]
+
+
+def test_pictures_that_declare_too_much(tmp_path: Path, count: Count) -> None:
+    for name, content in bombs().items():
+        (tmp_path / name).write_bytes(content)
+        survives("pictures that declare too much", lambda name=name: look(tmp_path / name), count, name)  # type: ignore[misc]
+
+
+def test_damaged_pictures(tmp_path: Path, count: Count) -> None:
+    seeds = pictures()
+
+    @quick(3000)
+    @given(st.sampled_from(sorted(seeds)), DAMAGE)
+    def check(name: str, steps: list[tuple[str, float, int]]) -> None:
+        path = tmp_path / name
+        path.write_bytes(damage(seeds[name], steps))
+        survives("pictures, damaged", lambda: look(path), count, (name, steps))
+
+    check()
+
+
+def test_a_folder_of_damaged_pictures_is_scored_to_its_end(detector: Detector, tmp_path: Path, count: Count) -> None:
+    rng = np.random.default_rng(1)
+    paths = []
+    for round_ in range(6):
+        for name, content in pictures().items():
+            steps = [("flip", float(rng.random()), int(rng.integers(2**31))) for _ in range(round_)]
+            paths.append(tmp_path / f"{round_}-{name}")
+            paths[-1].write_bytes(damage(content, steps))
+    results = list(run(detector, [Sample(path, "test", None, None, None) for path in paths], keep_picture=True))
+    assert [scored.sample.image for scored in results] == paths
+    for scored in results:
+        good = scored.error is not None or (np.isfinite(scored.map).all() and np.isfinite(scored.image))
+        count("pictures in one folder, scored", bool(good))
+        assert good, scored.sample
+
+
+# ---- detector files and weights
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    size = 32
+    images = make_tiny_images(8, size, size).normal
+    return methods.get("dfr")(TinyBackbone()).fit(images)
+
+
+@pytest.fixture
+def file(detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(detector_file, "make_backbone", lambda *_, **__: detector.backbone)
+    return save_detector(detector, tmp_path / "d.safetensors")
+
+
+def same(first: Detector, second: Detector) -> bool:
+    a, b = first.learned(), second.learned()
+    return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a) and first.provenance == second.provenance
+
+
+def test_every_byte_of_a_detector_flipped(file: Path, detector: Detector, tmp_path: Path, count: Count) -> None:
+    content = file.read_bytes()
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    # Every byte of the header, and of the tensors as many again.
+    step = max(1, (len(content) - header) // header)
+    for at in [*range(header), *range(header, len(content), step)]:
+        changed = bytearray(content)
+        changed[at] ^= 1 << at % 8
+        path = tmp_path / "flipped.safetensors"
+        path.write_bytes(changed)
+        found = survives("detector files, one bit flipped", lambda path=path: load_detector(path), count, at)  # type: ignore[misc]
+        assert isinstance(found, AdflowError) or same(found, detector), f"byte {at} changed what was loaded, unnoticed"
+
+
+def test_detectors_cut_short(file: Path, tmp_path: Path, count: Count) -> None:
+    content = file.read_bytes()
+    for cut in [*range(0, 600), *range(600, len(content), max(1, len(content) // 400))]:
+        path = tmp_path / "cut.safetensors"
+        path.write_bytes(content[:cut])
+        found = survives("detector files, cut", lambda path=path: load_detector(path), count, cut)  # type: ignore[misc]
+        assert isinstance(found, AdflowError), cut
+
+
+def test_damaged_detectors(file: Path, tmp_path: Path, count: Count) -> None:
+    content = file.read_bytes()
+
+    @quick(800)
+    @given(DAMAGE)
+    def check(steps: list[tuple[str, float, int]]) -> None:
+        path = tmp_path / "damaged.safetensors"
+        path.write_bytes(damage(content, steps))
+        survives("detector files, damaged", lambda: (read_header(path), load_detector(path)), count, steps)
+
+    check()
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("open('exploded', 'w').close()",)
+
+
+def foreign(folder: Path) -> Iterator[Path]:
+    """Files that are something else, named like a detector."""
+    import pickle
+
+    bomb = pickle.dumps(_Bomb())
+    contents = {
+        "pickle": bomb,
+        "pickle4": pickle.dumps({"a": _Bomb()}, protocol=4),
+        "text": b"hello",
+        "empty": b"",
+        "zeros": bytes(4096),
+        "ones": b"\xff" * 4096,
+        "json": b'{"format": 1}',
+        "png": pictures()["rgb.png"],
+        "zip": b"PK\x03\x04" + bytes(100),
+        "gigabytes": struct.pack("<Q", 1 << 30) + b"{" * 1000,
+        "small": struct.pack("<Q", 2) + b"{}",
+        "deep": struct.pack("<Q", 100_000) + b"[" * 100_000,
+        "overlap": _raw({k: {"dtype": "U8", "shape": [8], "data_offsets": [i, i + 8]} for i, k in enumerate("ab")}, 9),
+        "beyond": _raw({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}, 8),
+        "huge shape": _raw({"a": {"dtype": "F32", "shape": [1 << 62, 4], "data_offsets": [0, 0]}}, 0),
+        "negative": _raw({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, 4),
+        "dtype": _raw({"a": {"dtype": "OBJECT", "shape": [1], "data_offsets": [0, 4]}}, 4),
+        "no metadata": _raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, 4),
+        "odd metadata": _raw({"__metadata__": {"adflow": 3}}, 0),
+        "list metadata": _raw({"__metadata__": []}, 0),
+        "null": _raw({"__metadata__": {"adflow": "null"}}, 0),
+        "number": _raw({"__metadata__": {"adflow": "1e999"}}, 0),
+    }  # fmt: skip
+    for name, content in contents.items():
+        path = folder / f"{name}.safetensors"
+        path.write_bytes(content)
+        yield path
+    torch.save({"model": torch.zeros(3)}, folder / "torch.safetensors")
+    yield folder / "torch.safetensors"
+    for dtype in (torch.float16, torch.bfloat16, torch.int8, torch.bool, torch.float64):
+        save_file({"model.a": torch.zeros(3, dtype=dtype)}, folder / f"{dtype}.safetensors")
+        yield folder / f"{dtype}.safetensors"
+    (folder / "folder.safetensors").mkdir()
+    yield folder / "folder.safetensors"
+
+
+def _raw(header: dict[str, Any], length: int) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(length)
+
+
+def test_files_that_are_no_detector(tmp_path: Path, count: Count, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in foreign(tmp_path):
+        for call in (load_detector, read_header):
+            found = survives("files that are no detector", lambda: call(path), count, path.name)  # noqa: B023
+            assert isinstance(found, AdflowError), path
+        survives("files that are no weights", lambda: read_weights(path), count, path.name)  # noqa: B023
+        renamed = path.with_suffix(".pth")
+        path.rename(renamed)
+        survives("files that are no weights", lambda: read_weights(renamed), count, renamed.name)  # noqa: B023
+    assert not (tmp_path / "exploded").exists(), "code of a file was run"
+
+
+def test_tensors_added_removed_and_of_other_types(file: Path, detector: Detector, tmp_path: Path, count: Count) -> None:
+    from test_faults import forge, parts
+
+    tensors, header = parts(file)
+
+    def changes() -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        for name, value in tensors.items():
+            yield f"without {name}", {k: v for k, v in tensors.items() if k != name}
+            flat = value.reshape(-1)
+            for what, other in {
+                "float64": value.double(),
+                "float16": value.half(),
+                "int64": value.long(),
+                "bool": value.bool(),
+                "empty": flat[:0],
+                "longer": torch.cat([flat, flat]),
+                "flat": flat.clone(),
+                "scalar": flat.sum(),
+                "more dimensions": value[None].clone(),
+                "transposed": value.transpose(0, -1).contiguous() if value.ndim > 1 else value,
+                "nan": torch.full_like(value, float("nan")) if value.is_floating_point() else value,
+                "infinite": torch.full_like(value, float("inf")) if value.is_floating_point() else value,
+            }.items():
+                yield f"{name} {what}", {**tensors, name: other.clone()}
+        for extra in ("model.extra", "model.__class__", "model.a.b.c", "other", "calibration.x", "model.backbone.net"):
+            yield f"with {extra}", {**tensors, extra: torch.zeros(2)}
+
+    for what, changed in changes():
+        path = forge(tmp_path / "forged.safetensors", changed, dict(header))
+        # Their sums are right: only shapes that no buffer can have are refused, the rest is what somebody signed for.
+        survives("detector files with other tensors", lambda path=path: load_detector(path), count, what)  # type: ignore[misc]
+
+
+# ---- catalogues, bundles, cells, archives
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.just([]), st.just({}),
+    st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
+    st.just("../../etc/passwd"), st.just("file:///etc/passwd"), st.just("{class}"), st.just("x" * 5000),
+    st.just("a\nb"),
+)  # fmt: skip
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if path:
+        yield path
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from places(item, (*path, key))
+    elif isinstance(value, list):
+        for key, item in enumerate(value):
+            yield from places(item, (*path, key))
+
+
+def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    changed = copy.deepcopy(value)
+    here = changed
+    for key in path[:-1]:
+        here = here[key]
+    if new is ...:
+        del here[path[-1]]
+    else:
+        here[path[-1]] = new
+    return changed
+
+
+def test_catalogues_with_wrong_fields(count: Count) -> None:
+    raw = yaml.safe_load(zoo.shipped().read_text(encoding="utf-8"))
+    where = list(places(raw))
+
+    @quick(600)
+    @given(st.sampled_from(where), st.one_of(st.just(...), VALUES))
+    def check(path: tuple[Any, ...], new: Any) -> None:
+        survives(
+            "zoo files with one wrong field", lambda: zoo.Zoo(*zoo.decode(put(raw, path, new))), count, (path, new)
+        )
+
+    check()
+
+
+def test_damaged_catalogues(tmp_path: Path, count: Count) -> None:
+    small = {"datasets": {"mvtec": yaml.safe_load(zoo.shipped().read_text(encoding="utf-8"))["datasets"]["btad"]}}
+    text = yaml.safe_dump(small).encode()
+
+    @quick(100)
+    @given(DAMAGE)
+    def check(steps: list[tuple[str, float, int]]) -> None:
+        path = tmp_path / "zoo.yaml"
+        path.write_bytes(damage(text, steps))
+        survives("zoo files, damaged", lambda: zoo.load(path), count, steps)
+
+    check()
+    laughs = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{b}: &{b} [*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a}]\n"
+        for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    for odd in (
+        laughs,
+        "a: !!python/object/apply:os.system [touch exploded]",
+        "[" * 5000,
+        "a: " + "9" * 5000,
+        "\0",
+        "- a",
+    ):
+        (tmp_path / "zoo.yaml").write_text(odd)
+        survives("zoo files, hostile", lambda: zoo.load(tmp_path / "zoo.yaml"), count, odd[:50])
+    assert not Path("exploded").exists()
+
+
+def test_damaged_bundles_and_cells(tmp_path: Path, count: Count) -> None:
+    about = {"format": 1, "kind": "onnx", "sha256": "0" * 64, "detector": {"method": "padim"}, "calibration": None}
+    cell = {"format": 1, "key": "k", "row": {"image_auroc": 1.0}, "cost": {}, "records": []}
+    table = {"provenance": {"cells": ["c"]}}
+    (tmp_path / "cells").mkdir()
+
+    @quick(300)
+    @given(DAMAGE, st.sampled_from(["metadata.json", "cells/c.json", "table.json"]))
+    def check(steps: list[tuple[str, float, int]], name: str) -> None:
+        for file, value in (("metadata.json", about), ("cells/c.json", cell), ("table.json", table)):
+            text = json.dumps(value).encode()
+            (tmp_path / file).write_bytes(damage(text, steps) if file == name else text)
+        survives("bundles and cells, damaged", lambda: read_metadata(tmp_path), count, steps)
+        survives("bundles and cells, damaged", lambda: read_header(tmp_path), count, steps)
+        survives("bundles and cells, damaged", lambda: load_detector(tmp_path), count, steps)
+        survives("bundles and cells, damaged", lambda: read_cell(tmp_path / "cells" / "c.json"), count, steps)
+        survives("bundles and cells, damaged", lambda: read_cells(tmp_path), count, steps)
+
+    check()
+
+
+def archives() -> dict[str, bytes]:
+    found = {}
+    for kind in ("w", "w:gz", "w:xz", "w:bz2"):
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode=kind) as tar:
+            for name in ("cable/train/good/000.png", "cable/test/x/" + "n" * 120 + ".png"):
+                info = tarfile.TarInfo(name)
+                info.size = 300
+                tar.addfile(info, io.BytesIO(bytes(300)))
+        found[kind] = stream.getvalue()
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("cable/train/good/000.png", bytes(300))
+        packed.writestr("cable/a/b.txt", "hello")
+    found["zip"] = stream.getvalue()
+    return found
+
+
+def test_damaged_archives(tmp_path: Path, count: Count) -> None:
+    seeds = archives()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+
+    @quick(600)
+    @given(st.sampled_from(sorted(seeds)), DAMAGE)
+    def check(kind: str, steps: list[tuple[str, float, int]]) -> None:
+        import shutil
+
+        path = tmp_path / "archive"
+        path.write_bytes(damage(seeds[kind], steps))
+        place = outside / "place"
+        survives("archives, damaged", lambda: unpack(path, place, limit=1 << 20), count, (kind, steps))
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["archive", "outside"]
+        assert [p.name for p in outside.iterdir()] in ([], ["place"])
+        shutil.rmtree(place, ignore_errors=True)
+
+    check()
+
+
+# ---- what people type
+
+
+def test_values_of_options(count: Count, capsys: pytest.CaptureFixture[str]) -> None:
+    words = st.one_of(
+        st.text(max_size=12), st.sampled_from(["0", "-1", "1e309", "nan", "inf", "9" * 400, "1x1", "💥", ""])
+    )
+    options = ["--size", "--set", "--taps", "--method", "--backbone", "--recipe", "--device", "--seed", "--holdout",
+               "--folds", "--feature-memory", "--feature-dtype", "--max-memory"]  # fmt: skip
+
+    @quick(250)
+    @given(st.sampled_from(options), words)
+    def check(option: str, word: str) -> None:
+        def call() -> None:
+            code = cli.run(["fit", "no such folder/x", f"{option}={word}"])
+            assert code in (2, 3, 4), code
+
+        survives("values of options", call, count, (option, word))
+        capsys.readouterr()
+
+    check()
