@@ -10,6 +10,7 @@ from conftest import TinyImages
 from torch.nn import functional as F
 
 from adflow.backbones import Backbone, PixelBackbone, make_backbone
+from adflow.detector import Resources
 from adflow.detector_file import load_detector, save_detector
 from adflow.errors import InputError, UsageError
 from adflow.features import FeatureBank
@@ -20,6 +21,7 @@ from adflow.methods.cutpaste import CutPaste, cut_paste, ledoit_wolf, scar
 from adflow.methods.dfr import DFR, Autoencoder, aligned_matrix, joining
 from adflow.methods.patchsvdd import Direction, Encoder, LargeEncoder, PatchSVDD, covering
 from adflow.methods.pefm import PEFM, LinearMaps
+from adflow.tasks._bank import can_share
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -191,6 +193,34 @@ def test_the_papers_whole_net_is_trained_and_the_backbone_is_not(
     assert torch.equal(again.score(bad).image, detector.score(bad).image)
     with FeatureBank.build(tiny_backbone, tiny_images) as bank, pytest.raises(InputError, match="learns from images"):
         detector.fit_bank(bank)
+
+
+def test_cells_are_classified_by_the_densities_of_the_classes(tiny_backbone: Backbone, tiny_images: TinyImages) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    detector = CutPaste(tiny_backbone)
+    detector.prepare(tiny_backbone.channels, tiny_backbone.grids((64, 64)), (64, 64), torch.Generator())
+    width = sum(tiny_backbone.channels)
+    classes = [(k + 1) * noise(200, width, seed=k) + k for k in range(3)]
+    detector._learn_gaussians(classes)
+    cells = noise(1, 16, width, seed=7)
+    detector._cells = lambda _: cells  # type: ignore[method-assign, assignment]
+    log = []
+    for rows in classes:
+        mean, covariance = ledoit_wolf(rows)
+        log.append(torch.from_numpy(stats.multivariate_normal(mean, covariance).logpdf(cells[0].double())))
+    expected = (torch.logaddexp(log[1], log[2]) - log[0]) / width
+    found = detector.score_features([]).flatten().double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # float32 factors
+
+
+def test_shared_features_of_good_images_change_no_bit_and_a_trained_net_takes_none(
+    tiny_backbone: Backbone, tiny_images: TinyImages
+) -> None:
+    alone = CutPaste(tiny_backbone).fit(tiny_images, seed=2)
+    with FeatureBank.build(tiny_backbone, tiny_images) as bank:
+        shared = CutPaste(tiny_backbone).fit(tiny_images, seed=2, resources=Resources(bank=bank))
+    assert all(torch.equal(alone.learned()[k], v) for k, v in shared.learned().items())
+    assert can_share(alone, {}) and not can_share(CutPaste(tiny_backbone, level="image"), {})
 
 
 # --- Patch SVDD ----------------------------------------------------------------------------------------------

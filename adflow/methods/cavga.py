@@ -19,14 +19,14 @@ The map is 1 - A, the image score the error of rebuilding. Higher = more anomalo
   largest that training images gave, so that a defect cannot raise the rest. The attention is a gradient, and its part
   of the loss would need second derivatives; with mu a 1x1 convolution of F it has a closed form
   (:func:`attention_map`). Discriminator and autoencoder are trained in turn by one loop: in odd steps only the one
-  gets gradients, in even ones only the other.
+  gets gradients, in even ones only the other. It takes hours and has not been measured.
 * ``fast``, net "linear": a linear variational autoencoder of a frozen backbone's features, one per cell, without a
   discriminator. Its z is U^T F, F the features of the cell as deviations from those of good images there and U
   orthonormal. Gradient times feature from the energy of z, summed over channels but, as one net sees one cell, not
   averaged over cells, is sum_k F_k d(|z|^2 / 2) / dF_k = |z|^2: the part of |F|^2 that z attends to. What it does not
   cover is |F|^2 - |z|^2 = |F - F'|^2, the error of rebuilding: both terms of the loss are one, and their optimum is
   known (:class:`adflow.methods._rebuild.PositionCodes`). The uncovered energy is taken as it is: as a *share* of
-  |F|^2, the 1 - A of the letter, it is large where there is nothing to see (image AUROC 64 instead of 96 on screw).
+  |F|^2, the 1 - A of the letter, it is large where there is nothing to see (image AUROC 59 instead of 96 on screw).
   This is the linear net of DFR with a narrower code; width and shrinkage were compared on screw's test images.
 """
 
