@@ -303,6 +303,46 @@ def test_pointwise_is_the_convolution() -> None:
     assert torch.allclose(_nets.Pointwise(conv)(image), conv(image), atol=1e-6)
 
 
+ACTIVATIONS = {"none": nn.Identity(), "relu6": nn.ReLU6(), "relu": nn.ReLU(), "swish": nn.SiLU(), "other": nn.GELU()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", list(ACTIVATIONS))
+@pytest.mark.parametrize("kernel, stride, groups", [(1, 1, 1), (3, 1, 8), (5, 2, 8), (3, 2, 1)])
+def test_fused_convolutions_equal_their_plain_twins(
+    kernel: int, stride: int, groups: int, act: str, dtype: torch.dtype
+) -> None:
+    from timm.layers import Conv2dSame
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kind = Conv2dSame if stride == 2 else nn.Conv2d
+        padding = 0 if stride == 2 else kernel // 2
+        conv = kind(8, 16, kernel, stride, padding, groups=groups).requires_grad_(False)
+    fused = _nets._faster(copy.deepcopy(conv), ACTIVATIONS[act]).to(dtype)
+    assert isinstance(fused, _nets.Pointwise) == (kernel == 1 and act == "none")
+    for size in ((16, 16), (15, 18)):
+        image = noise(2, 8, *size).to(dtype).contiguous(memory_format=torch.channels_last)
+        wanted = ACTIVATIONS[act](conv(image.float()))
+        # Sums of at most 72 terms of order 1 in another order; bfloat16 rounds weights and result to 2^-9.
+        torch.testing.assert_close(
+            fused(image).float(), wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05
+        )
+        again = copy.deepcopy(fused)
+        assert torch.equal(again(image), fused(image))
+
+
+def test_fused_convolutions_leave_gradients_and_double_precision_to_the_plain_ones() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
+    fused = _nets._faster(conv, nn.ReLU())
+    image = noise(1, 4, 6, 6).requires_grad_()
+    fused(image).sum().backward()
+    assert image.grad is not None and bool(image.grad.any())
+    assert fused.double()(noise(1, 4, 6, 6).double()).dtype == torch.float64
+
+
 # --- other nets, from local files ------------------------------------------------------------------------------------
 
 
