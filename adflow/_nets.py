@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,11 +29,14 @@ class Stages(nn.Module):
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.tapped = tuple(tapped)
+        self.rounded = False
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.stem(x)
         pyramid: list[Tensor] = []
-        for stage, tapped in zip(self.stages, self.tapped, strict=True):
+        for number, (stage, tapped) in enumerate(zip(self.stages, self.tapped, strict=True)):
+            if number == 1 and self.rounded:
+                x = x.to(torch.bfloat16)
             x = stage(x)
             if isinstance(x, tuple):
                 x, inner = x
@@ -40,6 +44,33 @@ class Stages(nn.Module):
             elif tapped:
                 pyramid.append(x)
         return pyramid
+
+
+def rounded(net: nn.Module) -> nn.Module:
+    """Return a copy of ``net`` that takes float32 images and computes in bfloat16.
+
+    The first stage of a convolutional net stays in float32: its kernels span the widest range, all that follows sees
+    their error, and they cost little. In lite0 that takes the error of the maps from 13 % to 3 %, and the rank
+    correlation of CFLOW-AD's scores with those of float32 from 0.997 to 0.9996 (measured on screw).
+    """
+    copied = copy.deepcopy(net)
+    if not isinstance(copied, Stages):
+        return _Cast(copied.to(torch.bfloat16))
+    copied.stages[1:].to(torch.bfloat16)
+    copied.rounded = True
+    return copied
+
+
+class _Cast(nn.Module):
+    """A net in bfloat16 for float32 images."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = self.net(x.to(torch.bfloat16))
+        return maps
 
 
 class OpenStage(nn.Module):
@@ -255,7 +286,7 @@ def _plain(conv: nn.Conv2d) -> nn.Conv2d | Pointwise | SameConv:
     side = conv.kernel_size[0]
     if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding == (0, 0):
         return Pointwise(conv)
-    same = type(conv).__name__ == "Conv2dSame"  # timm's name of TensorFlow's padding
+    same = type(conv).__name__ == "Conv2dSame"  # ours and timm's name of TensorFlow's padding
     if same and conv.stride == (2, 2) and conv.dilation == (1, 1) and conv.kernel_size == (side, side) and side % 2:
         return SameConv(conv)
     return conv

@@ -14,7 +14,6 @@ Names: ``lite0`` (default), ``lite1``, ``lite2``, ``resnet18``, ``resnet34``, ``
 
 from __future__ import annotations
 
-import copy
 import difflib
 import hashlib
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 
 from adflow import _nets
 from adflow._clock import stage
+from adflow._lite import Lite
 from adflow._weights import find_weights, load_strictly, read_weights, rename_lite
 from adflow.errors import InputError, UsageError, unknown
 from adflow.zoo import File, Source
@@ -95,7 +95,9 @@ class Backbone(nn.Module):
         return self
 
     def to_precision(self, precision: str) -> Self:
-        """Compute in "float32" (exact, default) or "bf16" (bfloat16 weights and maps); features stay float32.
+        """Compute in "float32" (exact, default) or "bf16"; features stay float32.
+
+        bf16: weights and maps behind the first stage are bfloat16, see :func:`adflow._nets.rounded`.
 
         Raises:
             UsageError: another precision.
@@ -103,7 +105,7 @@ class Backbone(nn.Module):
         if precision not in ("float32", "bf16"):
             raise unknown("precision", precision, ["float32", "bf16"])
         if precision == "bf16" and self.net_bf16 is None:
-            self.net_bf16 = copy.deepcopy(self.net).to(torch.bfloat16)
+            self.net_bf16 = _nets.rounded(self.net)
         self.precision = precision
         return self
 
@@ -126,10 +128,8 @@ class Backbone(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the maps of normalised ``images``; nets that prepare their input otherwise override this."""
-        if self.precision == "bf16" and self.net_bf16 is not None:
-            pyramid = self.net_bf16(images.to(torch.bfloat16).contiguous(memory_format=self.layout))
-        else:
-            pyramid = self.net(images.contiguous(memory_format=self.layout))
+        net = self.net_bf16 if self.precision == "bf16" and self.net_bf16 is not None else self.net
+        pyramid = net(images.contiguous(memory_format=self.layout))
         return [level.float().contiguous() for level in pyramid]
 
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
@@ -160,11 +160,10 @@ _RELU4 = ("relu4_1", "relu4_2", "relu4_3", "relu4_4")
 _LITE0 = (1, 2, 2, 3, 3, 4, 1)
 _LITE12 = (1, 3, 3, 4, 4, 5, 1)
 _NETS = {
-    # The lite nets must be timm's tf_ variant: same tensors as the plain one, other padding and batch norm
-    # epsilon.
-    "lite0": _Net("timm:tf_efficientnet_lite0", _nets.mobile_stages, _MIDDLE, HALF, depths=_LITE0),
-    "lite1": _Net("timm:tf_efficientnet_lite1", _nets.mobile_stages, _MIDDLE, HALF, depths=_LITE12),
-    "lite2": _Net("timm:tf_efficientnet_lite2", _nets.mobile_stages, _MIDDLE, HALF, depths=_LITE12),
+    # Width of the stages; depths stand beside it.
+    "lite0": _Net("lite:1.0", _nets.mobile_stages, _MIDDLE, HALF, depths=_LITE0),
+    "lite1": _Net("lite:1.0", _nets.mobile_stages, _MIDDLE, HALF, depths=_LITE12),
+    "lite2": _Net("lite:1.1", _nets.mobile_stages, _MIDDLE, HALF, depths=_LITE12),
     "resnet18": _Net("timm:resnet18.tv_in1k", _nets.resnet_stages, _LAYERS),
     "resnet34": _Net("timm:resnet34.tv_in1k", _nets.resnet_stages, _LAYERS),
     "resnet50": _Net("timm:resnet50.tv_in1k", _nets.resnet_stages, _LAYERS),
@@ -218,7 +217,7 @@ def _known(name: str, taps: Sequence[str] | None, weights: Path | None) -> Backb
     """Build a net of the table above."""
     recipe = _NETS[name]
     file = find_weights(name, weights)
-    full = _skeleton(recipe.source)
+    full = _skeleton(recipe.source, recipe.depths)
     wanted = recipe.taps if taps is None else taps
     state = read_weights(file.path)
     if recipe.depths and "_conv_stem.weight" in state:
@@ -237,14 +236,16 @@ def _known(name: str, taps: Sequence[str] | None, weights: Path | None) -> Backb
     return backbone
 
 
-def _skeleton(source: str) -> nn.Module:
+def _skeleton(source: str, depths: Sequence[int] | None = None) -> nn.Module:
     """Return the whole classifier on the meta device: its tensors come from the weight file."""
     library, _, name = source.partition(":")
     with torch.device("meta"):
-        if library == "timm":
+        if library == "lite":
+            net: nn.Module = Lite(float(name), depths or ())
+        elif library == "timm":
             import timm
 
-            net: nn.Module = timm.create_model(name, pretrained=False)
+            net = timm.create_model(name, pretrained=False)
         else:
             from torchvision.models import get_model
 

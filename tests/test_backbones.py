@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adflow import _nets, backbones
+from adflow._lite import Lite
 from adflow._weights import hash_file, read_weights, rename_lite
 from adflow.backbones import Backbone, make_backbone
 from adflow.errors import AdflowError, InputError, UnavailableError, UsageError
@@ -132,6 +133,29 @@ def test_the_larger_lite_nets_see_espresso_too(name: str) -> None:
     coffee = classify(f"tf_efficientnet_{name}", state, picture("coffee"))
     assert int(coffee.argmax()) == ESPRESSO
     assert make_backbone(name).strides == [8, 16, 16]
+
+
+@pytest.mark.parametrize("name", ["lite0", "lite1", "lite2"])
+def test_lite_nets_have_timms_tensors(name: str) -> None:
+    recipe = backbones._NETS[name]
+    ours = backbones._skeleton(recipe.source, recipe.depths).state_dict()
+    with torch.device("meta"):
+        theirs = timm.create_model(f"tf_efficientnet_{name}").state_dict()
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+
+
+def test_lite_blocks_are_timms_before_anything_is_folded() -> None:
+    state, depths = lite_state()
+    net = Lite(1.0, depths).eval()
+    net.load_state_dict(state)
+    other = timm.create_model("tf_efficientnet_lite0").eval()
+    other.load_state_dict(state)
+    for size in ((64, 64), (61, 75)):
+        image = noise(1, 3, *size)
+        with torch.no_grad():
+            found = net.blocks(net.bn1(net.conv_stem(image)))
+            wanted = other.blocks(other.bn1(other.conv_stem(image)))
+        assert torch.equal(found, wanted)  # the same operators in the same order
 
 
 def test_features_are_those_of_the_whole_net_cut_after_the_last_tap(lite0: Backbone) -> None:
@@ -262,8 +286,9 @@ def test_bf16_is_near_float32_and_can_be_undone(lite0: Backbone) -> None:
     for found, wanted in zip(quick(image), exact, strict=True):
         assert found.dtype == torch.float32
         error = float((found - wanted).abs().mean() / wanted.abs().mean())
-        # bfloat16 keeps 8 bits, 2^-9 per rounding; some thirty layers give a few per cent. Zero: not applied.
-        assert 1e-4 < error < 0.1
+        # bfloat16 keeps 8 bits, 2^-9 per rounding; some thirty layers give 2 to 3 %, three times as much with the first
+        # stage in bfloat16 too. Zero: not applied.
+        assert 1e-4 < error < 0.05
     for found, wanted in zip(quick.to_precision("float32")(image), exact, strict=True):
         assert torch.equal(found, wanted)
     with pytest.raises(UsageError, match="'fp8'"):

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from adflow.detector import Energy, FeatureDetector, ImageSource, Progress, Resources, _TensorImages
 from adflow.errors import UsageError, unknown
 from adflow.features import FeatureBank
-from adflow.flows import FusedChain, chain, linear_subnet, log_likelihood, positional_encoding
 from adflow.imaging import upsample
 from adflow.methods._cflow_paper import (
     CLAMP,
@@ -62,6 +61,7 @@ from adflow.methods._whiten import chi_square_fit
 
 if TYPE_CHECKING:
     from adflow.backbones import Backbone
+    from adflow.flows import FusedChain
 
 # Float32 bytes of cross-fitted features kept for training; above, a random part of the images is used.
 POOL_BYTES = 512 << 20
@@ -264,27 +264,28 @@ class CFlow(FeatureDetector):
         for width, grid in zip(widths, self.grids, strict=True):
             if self.whiten == "context":
                 self.first.append(ContextWhitening(width, grid, self.context, self.shrinkage))
-            subnet = linear_subnet(
-                # After a first layer that is right already, couplings start as the identity.
-                generator=generator,
-                width=self.width,
-                zero_init=self.whiten == "context",
-            )
-            self.decoders.append(
-                chain(
-                    width,
-                    self.blocks,
-                    condition=self.position,
-                    subnet=subnet,
-                    clamp=self.clamp,
-                    permutation="soft" if self.permutation == "soft" else "hard",
-                    generator=generator,
-                )
-            )
+            self.decoders.append(self._couplings(width, generator) if self.blocks else nn.Identity())
         self.register_buffer("log_top_", torch.zeros(len(widths)))
         self.register_buffer("scale_", torch.ones(len(widths)))
         self.register_buffer("dof_", torch.tensor([float(width) for width in widths]))
         self._fused: dict[tuple[Any, ...], FusedChain] = {}
+
+    def _couplings(self, width: int, generator: torch.Generator) -> nn.Module:
+        # Needed for couplings only, and FrEIA takes a second to import.
+        from adflow.flows import chain, linear_subnet
+
+        # After a first layer that is right already, couplings start as the identity.
+        subnet = linear_subnet(generator=generator, width=self.width, zero_init=self.whiten == "context")
+        flow: nn.Module = chain(
+            width,
+            self.blocks,
+            condition=self.position,
+            subnet=subnet,
+            clamp=self.clamp,
+            permutation="soft" if self.permutation == "soft" else "hard",
+            generator=generator,
+        )
+        return flow
 
     def fit(
         self,
@@ -320,6 +321,8 @@ class CFlow(FeatureDetector):
         """Return the positional codes [h w, D] of each decoder, None where couplings have no condition."""
         if not self.position:
             return [None] * len(self.grids)
+        from adflow.flows import positional_encoding
+
         device = self.log_top_.device
         return [positional_encoding(self.position, *grid).flatten(1).T.to(device) for grid in self.grids]
 
@@ -457,6 +460,8 @@ class CFlow(FeatureDetector):
         progress: Progress | None,
         checkpoint: Path | None,
     ) -> None:
+        from adflow.flows import log_likelihood
+
         def loss(batch: tuple[int, Tensor, Tensor | None]) -> Tensor:
             head, vectors, code = batch
             z, logdet = self.decoders[head](vectors, None if code is None else [code])
@@ -507,7 +512,9 @@ class CFlow(FeatureDetector):
         for one in z:
             one = one.clone()  # on an allocator boundary: matrix kernels may choose their path by the address
             latent, logdet = self._chain(head)(one) if self.blocks else (one, torch.zeros_like(start))
-            found.append((log_likelihood(latent, logdet + start) / z.shape[2], latent.square().sum(1)))
+            energy = latent.square().sum(1)
+            likelihood = logdet + start - 0.5 * (z.shape[2] * math.log(2 * math.pi) + energy)
+            found.append((likelihood / z.shape[2], energy))
         return torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found])
 
     def _chain(self, head: int) -> FusedChain:
@@ -516,6 +523,8 @@ class CFlow(FeatureDetector):
         dtype = torch.bfloat16 if getattr(self.backbone, "precision", "") == "bf16" else None
         versions = tuple((p.data_ptr(), p._version) for p in decoder.parameters())
         key = (head, dtype, self.log_top_.device, versions)
+        from adflow.flows import FusedChain
+
         if torch.compiler.is_compiling():
             return FusedChain(decoder, self.codes()[head], dtype)
         if key not in self._fused:

@@ -21,6 +21,8 @@ from adflow.pipeline import Scored, default_workers, run
 # Images flagged by chance when the user names no rate: the smallest of these that the held-out images can carry.
 DEFAULT_RATES = (0.01, 0.05, 0.1)
 
+DRIFT_IMAGES = 8  # fewer say nothing about a shift
+
 
 def verdict_rate(detector: Detector, rate: float | None) -> float | None:
     """Return the share of good images that may be called defective, or None without calibration.
@@ -79,7 +81,8 @@ def score(
         if progress:
             progress(len(rows), len(samples), "scoring")
     values = np.array([row["score"] for row in rows if row["error"] is None])
-    drift = detector.calibration.drift(values) if detector.calibration is not None and len(values) else None
+    known = detector.calibration if len(values) >= DRIFT_IMAGES else None
+    drift = None if known is None else known.drift(values)
     if out is not None:
         writing = time.perf_counter()
         write_rows(rows, make_folder(out), "scores")
