@@ -50,8 +50,14 @@ def test_score_gives_table_csv_jsonl_and_verdicts(parts: Path, runs: Path, tmp_p
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert lines == rows
     assert len((tmp_path / "scores.csv").read_text().splitlines()) == 13
-    shown = call("score", parts / "test", "--runs", runs, "--out", tmp_path)
+    profile = done.json()["profile"]
+    assert profile["images"] == 12
+    assert {"decode", "resize", "encoder", "method", "upsample", "write"} <= set(profile["stages"])
+    # Rounded to a tenth of a millisecond each.
+    assert 0 < sum(profile["stages"].values()) <= profile["workers"] * profile["seconds"] + 0.001
+    shown = call("score", parts / "test", "--runs", runs, "--out", tmp_path, "--profile")
     assert "verdict" in shown.out and "the run fitted last" in shown.err
+    assert "ms per image" in shown.err and "encoder" in shown.err and "images/s: 12 images" in shown.err
 
 
 def test_segment_writes_masks_overlays_regions_and_coco(parts: Path, runs: Path, tmp_path: Path, call: Call) -> None:
