@@ -22,7 +22,7 @@ PLUMBING = {
     "tasks": ["_card"],
     "pipeline": ["bundle", "runs"],
     "report": ["_grid", "_page", "published"],
-    "data": ["_weights"],
+    "data": ["_lite", "_weights"],
     "detector": ["_rows"],
     "zoo": ["_catalogue", "_files", "_lock", "_store", "_unpack"],
     "imaging": ["_clock", "_maxtree", "_nets", "_nfa_block", "_ranks", "_regions", "_system", "_video"],

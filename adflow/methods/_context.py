@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from adflow._nets import exporting
 from adflow.errors import InputError
+from adflow.methods._memory import to_grid
 from adflow.methods._whiten import Moments, inverse_factor, whitening
 
 Rows = Callable[[Sequence[int]], Tensor]
@@ -98,7 +99,7 @@ class ContextWhitening(nn.Module):
     def pooled(self, features: Tensor) -> Tensor:
         """Return the features of [B, C, h, w] on at most 8 x 8 cells, flat: [B, D]."""
         cells = (min(_CELLS, features.shape[2]), min(_CELLS, features.shape[3]))
-        return F.adaptive_avg_pool2d(features, cells).flatten(1)
+        return to_grid(features, cells).flatten(1)
 
     def describe(self, features: Tensor) -> Tensor:
         """Return the context u [B, K] of features [B, C, h, w], about unit variance per component."""
@@ -114,12 +115,14 @@ class ContextWhitening(nn.Module):
     def _together(self, features: Tensor, missing: int) -> Tensor:
         """Return z [B, P, C] of images that share one reading, computed as if ``missing`` more were with them."""
         y = torch.stack([(one.flatten(1).T - self.mean) @ self.world for one in features], 1)  # [P, B, C]
-        y = F.pad(y, (0, 0, 0, missing))
+        y = F.pad(y, (0, 0, 0, missing)) if missing else y
         blocks = [self.get_buffer(name) for name in self._names()]
         z = torch.cat([torch.bmm(y[..., : block.shape[1]], block) for block in blocks], 2).transpose(0, 1)
         if self.context:
-            context = F.pad(self.pooled(features) - self.centre, (0, 0, 0, missing)) @ self.basis
-            z = z - (context @ self.slope).reshape(-1, *self.mean.shape)
+            seen = self.pooled(features) - self.centre
+            seen = F.pad(seen, (0, 0, 0, missing)) if missing else seen
+            shift = (seen @ self.basis @ self.slope).reshape(-1, *self.mean.shape)
+            z = torch.rsub(shift, z)  # z - shift, laid out like shift: one image after the other
         return z[: len(features)].contiguous()
 
     def learn(self, rows: Rows, which: Sequence[int]) -> None:
