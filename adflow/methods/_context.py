@@ -181,25 +181,22 @@ class ContextWhitening(nn.Module):
     def _solve(self, moments: Moments, world: Tensor, matrix: Tensor, kept: int) -> None:
         channels, count = self.mean.shape[1], moments.count
         covariance = moments.covariance()
-        own = covariance[:, :channels, :channels]
-        used = 0.0
+        own, cross = covariance[:, :channels, :channels], covariance[:, :channels, channels:]  # [P, C, C], [P, C, K]
         slope = torch.zeros(len(own), channels, self.context, dtype=torch.float64)
         if kept:
-            cross = covariance[:, :channels, channels:]  # [P, C, K]
             context = covariance[0, channels:, channels:]  # the same at every position
-            prior = _SLOPE_PRIOR / count * torch.eye(kept, dtype=torch.float64)
-            slope[..., :kept] = torch.linalg.solve(context + prior, cross.transpose(1, 2)).transpose(1, 2)
-            b = slope[..., :kept]
-            own = (
-                own - b @ cross.transpose(1, 2) - cross @ b.transpose(1, 2) + b @ context @ b.transpose(1, 2)
-            )
+            ridge = torch.linalg.inv(context + _SLOPE_PRIOR / count * torch.eye(kept, dtype=torch.float64))
+            b = cross @ ridge
+            slope[..., :kept] = b
             # Degrees of freedom that the slopes have used up make residuals too small by that share.
-            used = float(torch.linalg.solve(context + prior, context).diagonal().sum())
-        own = own * ((count - 1) / max(1.0, count - 1 - used))
+            share = (count - 1) / max(1.0, count - 1 - float((ridge @ context).diagonal().sum()))
+            # S - B cross^T - cross B^T + B context B^T with B = cross ridge: one product a position.
+            explained = 2 * cross - b @ context
+            own = torch.baddbmm(own, b, explained.transpose(1, 2), beta=share, alpha=-share)
         # A position borrows from what all positions have in common once mean and context are taken away. A part of
         # the identity keeps that invertible where there are few images.
         common = _FLOOR * torch.eye(channels, dtype=torch.float64) + (1 - _FLOOR) * own.mean(0)
-        factor, log_det = inverse_factor((1 - self.shrinkage) * own + self.shrinkage * common)
+        factor, log_det = inverse_factor(torch.lerp(own, common, self.shrinkage))
         # The context has mean 0 over the images of the basis, which may be a part of all.
         centre = moments.mean[:, :channels] - (slope[..., :kept] @ moments.mean[:, channels:, None]).squeeze(
             2
