@@ -58,6 +58,7 @@ COUNTS: dict[str, str] = {
     "n_train": "train",
     "fit_seconds": "fit s",
     "ms_per_image": "ms/image",
+    "detector_mb": "MB",
 }
 PRINTED = "printed average"
 MEANING = {
@@ -65,6 +66,8 @@ MEANING = {
     "false_regions_per_normal": "false regions: per normal image",
     "flagged_share": "flagged: share of normal images with an alarm",
     "missed_share": "missed: share of defective images without one",
+    "fit_seconds": "fit s: what methods learn from a frozen backbone's features counts without these",
+    "detector_mb": "MB: what was learned, without the backbone",
 }
 
 
@@ -358,6 +361,7 @@ def _grid(report: Report, width: int | None) -> Grid:
         if set(cells) - {MISSING, ""} and used + widest([heading, *cells]) + 2 <= room:
             columns.append((heading, cells))
             used += widest([heading, *cells]) + 2
+            notes_for.append(count)
     lines = [[cells[index] for _, cells in columns] for index in range(total)]
     fixed = {name: by_class[name].iloc[0] for name in ("dataset", *CONFIG) if not many[name]}
     title = ", ".join(str(value) for value in fixed.values() if value)

@@ -242,7 +242,7 @@ def test_angles_of_scoring(tiny_backbone: Backbone) -> None:
 
 
 def test_differnet_starts_from_the_gaussian_of_pooled_vectors(tiny_backbone: Backbone, images: TinyImages) -> None:
-    detector = tiny(DifferNet, tiny_backbone, epochs=0, degrees=0, ridge=1e-6).fit(images.normal)
+    detector = tiny(DifferNet, tiny_backbone, whiten="all", epochs=0, degrees=0, ridge=1e-6).fit(images.normal)
     y = pool(pyramid_of(tiny_backbone, images.normal))
     z, logdet = detector.latents(y)
     assert z.mean(0).abs().max() < 0.01  # float32 rounding, stretched up to 1 / sqrt(ridge)-fold
@@ -255,11 +255,31 @@ def test_differnet_starts_from_the_gaussian_of_pooled_vectors(tiny_backbone: Bac
     assert torch.allclose(detector.score(images.normal).image, expected, rtol=1e-3)  # one by one: other kernels
 
 
+def test_differnet_has_a_whitening_for_each_angle(tiny_backbone: Backbone) -> None:
+    images = make_tiny_images(12, 48, 48)
+    detector = tiny(DifferNet, tiny_backbone, transforms=3, epochs=0, ridge=1e-6).fit(images.normal)
+    total = torch.zeros(12)
+    for k, angle in enumerate(detector.angles()):
+        y = pool(pyramid_of(tiny_backbone, detector.turned(images.normal, angle)))
+        pairs = [detector.latents(one[None], k) for one in y]
+        z = torch.cat([z for z, _ in pairs])
+        assert z.mean(0).abs().max() < 0.01 and torch.linalg.eigvalsh(z.double().T.cov()).max() < 1.01
+        jacobian = torch.autograd.functional.jacobian(
+            lambda one, k=k: detector.latents(one[None], k)[0][0].double(), y[0]
+        )
+        assert float(pairs[0][1]) == pytest.approx(float(torch.linalg.slogdet(jacobian).logabsdet), abs=1e-2)
+        total += z.square().mean(1) / 3
+    assert torch.allclose(detector.score(images.normal).image, total, rtol=1e-3)
+    # Good images lie one way: turned by a quarter they are not normal any more.
+    turned = detector.score(torch.rot90(images.normal, 1, (2, 3))).image
+    assert turned.min() > 10 * total.max()
+
+
 @pytest.mark.parametrize("views", [0, 3])
 def test_differnet_looks_at_turned_copies(views: int, tiny_backbone: Backbone) -> None:
     images = make_tiny_images(12, 48, 48)
-    detector = tiny(DifferNet, tiny_backbone, views=views).fit(images.normal, seed=1)
-    again = tiny(DifferNet, tiny_backbone, views=views).fit(images.normal, seed=1)
+    detector = tiny(DifferNet, tiny_backbone, whiten="all", views=views).fit(images.normal, seed=1)
+    again = tiny(DifferNet, tiny_backbone, whiten="all", views=views).fit(images.normal, seed=1)
     first, second = detector.learned(), again.learned()
     assert all(torch.equal(first[key], second[key]) for key in first)
     # Scored at quarter turns, a square image and its quarter turn are the same set of copies.
@@ -326,6 +346,8 @@ def test_every_recipe_names_known_parameters(cls: type[Detector]) -> None:
         (DifferNet, {"fill": "white"}),
         (DifferNet, {"degrees": 190}),
         (DifferNet, {"ridge": 0.0}),
+        (DifferNet, {"whiten": "both"}),
+        (DifferNet, {"whiten": "angle", "views": 3}),
     ],
 )
 def test_wrong_settings_are_refused_in_words(

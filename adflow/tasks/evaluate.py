@@ -33,6 +33,10 @@ from adflow.tasks.fit import fit_detector, prepare, save_run
 __all__ = ["Done", "Outcome", "evaluate", "evaluate_detector"]
 
 
+# Costs of a cell that stand in its row.
+_SHOWN = ("fit_seconds", "ms_per_image", "detector_mb")
+
+
 @dataclass(frozen=True)
 class Done:
     """One cell is done, was there before, or failed.
@@ -191,7 +195,7 @@ def _run_folder(keep: Path, job: Job) -> Path:
 
 def _row(cell: dict[str, Any]) -> dict[str, Any]:
     """Return the table row of a cell: its results, and what they cost."""
-    row: dict[str, Any] = cell["row"] | {k: v for k, v in cell["cost"].items() if k in ("fit_seconds", "ms_per_image")}
+    row: dict[str, Any] = cell["row"] | {k: v for k, v in cell["cost"].items() if k in _SHOWN}
     return row
 
 
@@ -249,7 +253,7 @@ def work(unit: Sequence[_Item], progress: Progress | None = None) -> Iterator[Ex
                     job = replace(job, options=replace(job.options, resources=resources))
                     assert job.options is not None
                     detector, size, keep_aspect = prepare(job.data, job.options)
-                    if features is None and len(unit) > 1 and can_share(detector, job.options.settings):
+                    if features is None and can_share(detector, job.options.settings):
                         detector.to(choose_device(job.options.device))
                         features = TrainFeatures(
                             detector,
@@ -290,7 +294,7 @@ def _measure_fitted(
         folder = _run_folder(item.keep, job)
         with claim(folder):
             save_run(detector, job.data, fitted, folder, item.command)
-    cost = {"fit_seconds": sum(fitted["seconds"].values())}
+    cost = {"fit_seconds": fitted["seconds"]["fit"]}
     notes = [f"skipped {line}" for line in fitted["skipped"]]
     _measure(item, detector, fitted["digest"], cost, notes, progress)
     checkpoint.unlink(missing_ok=True)
@@ -339,7 +343,7 @@ def _measure(
     )
     pictures = draw(detector, job.data, found, point, measuring, folder, drawer)
     found.notes = [*notes, *([why] if why else []), *found.notes]
-    found.cost |= cost
+    found.cost |= cost | {"detector_mb": sum(t.numel() * t.element_size() for t in detector.learned().values()) / 1e6}
     write_cell(
         item.out / "cells",
         job,
