@@ -301,18 +301,23 @@ def test_spade_by_definition(levels: str, kappa: int, tiny_backbone: Backbone) -
             np.testing.assert_allclose(maps[b].flatten(), exact, rtol=1e-4)
 
 
-def test_local_is_the_pool_of_its_two_densities(tiny_backbone: Backbone) -> None:
-    detector = fitted(Local(tiny_backbone, rank=None, width=None), pyramid(count=30))
+@pytest.mark.parametrize("coreset", [None, "60"])
+def test_local_is_the_pool_of_its_densities(coreset: str | None, tiny_backbone: Backbone) -> None:
+    detector = fitted(Local(tiny_backbone, rank=None, width=None, coreset=coreset), pyramid(count=30))
     test = pyramid(7, 3)
     vectors = detector.vectors(test)
-    gaussian = detector.gaussians(vectors) * (detector.gaussians.log_det_ / vectors.shape[2]).exp()
-    kernel = detector.neighbours((vectors - detector.centre_) @ detector.near_)
-    expected = (gaussian * kernel).sqrt() / detector.unit_
-    np.testing.assert_allclose(detector.score_features(test).flatten(1), expected, rtol=1e-4)
+    near = (vectors - detector.centre_) @ detector.near_
+    product = detector.gaussians(vectors) * (detector.gaussians.log_det_ / vectors.shape[2]).exp()
+    product = product * detector.neighbours(near)
+    if coreset:
+        assert len(detector.bank_) == 60
+        product = product * torch.cdist(near, detector.bank_).amin(2).square()
+    expected = product ** (1 / (3 if coreset else 2)) / detector.unit_
+    np.testing.assert_allclose(detector.score_features(test).flatten(1), expected, rtol=1e-3)
 
 
 def test_local_scores_are_about_1_on_new_normal_images(tiny_backbone: Backbone) -> None:
-    for chosen in ({}, {"coreset": "50%"}, {"coreset": "50%", "gaussian": False}):
+    for chosen in ({}, {"coreset": None}, {"coreset": "50%"}, {"coreset": "50%", "gaussian": False}):
         detector = Local(tiny_backbone, **chosen).fit(IMAGES.normal)
         new = make_tiny_images(8, 64, 48, seed=5)
         # Left-out training images stand for new ones: a sample of 24 says so within a factor.

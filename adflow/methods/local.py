@@ -1,48 +1,47 @@
 """Local density: what is normal at this place, by a Gaussian and by nearest patches. adflow's own method.
 
-No training loop and no randomness but one rotation of coordinates: two passes over the features and it is
-fitted.
+No training loop, and no randomness but a rotation of coordinates and where a choice of patches starts: three passes
+over the features and it is fitted.
 
-**What is learned.** For every cell of the feature grid, two estimates of the density of normal patches there:
+**What is learned.** Three estimates of the density of normal patches at every cell of the feature grid:
 
-- a *Gaussian* p_G with mean m and covariance S of the cell's vectors in whitened space. Few images say
-  little about
-  S, so it is shrunk towards the covariance of all cells together, which whitening makes the identity:
-  S <- (1 - l) S + l I. How strong the deviations of one image are as a whole is not known beforehand; with
-  the scale-free prior 1/t on a common factor t of S the factor integrates out, and with D^2 = (z - m)^T S^-1
-  (z - m)
+- a *Gaussian* p_G with mean m and covariance S of the cell's vectors in whitened space. Few images say little about S,
+  so it is shrunk towards the covariance of all cells together, which whitening makes the identity:
+  S <- (1 - l) S + l I. How strong the deviations of one image are as a whole is not known beforehand; with the
+  scale-free prior 1/t on a common factor t of S the factor integrates out, and with D^2 = (z - m)^T S^-1 (z - m)
 
       -log p_G(z) = C/2 * log(D^2 * det(S)^(1/C)) + const;
 
-- a *nearest-neighbour density* p_K (Loftsgaarden & Quesenberry, 1965): among n vectors of the cell and the
-  8 cells
-  around it, over all training images, the ball that reaches the nearest one, of radius r, has one of n in it,
-  so p_K = 1 / (n V r^C) with V the volume of the unit ball, and
+- a *nearest-neighbour density* p_L of the place (Loftsgaarden & Quesenberry, 1965): among n vectors of the cell and the
+  8 cells around it, over all training images, the ball that reaches the nearest one, of radius r, has one of n in it,
+  so p_L = 1 / (n V r^C) with V the volume of the unit ball, and
 
-      -log p_K(z) = C/2 * log(r^2) + const.
+      -log p_L(z) = C/2 * log(r^2) + const.
 
-  The neighbouring cells are there because objects move by a few pixels; a patch that is normal elsewhere in
-  the image only is not normal here. Distances are taken in *half-whitened* space (a direction with variance v
-  keeps sqrt(v)): full whitening lets directions of mere noise decide who is near, none lets the loudest
-  channels.
+  The neighbouring cells are there because objects move by a few pixels; a patch that is normal elsewhere in the image
+  only is not normal here. Distances are taken in *half-whitened* space (a direction with variance v keeps sqrt(v)):
+  full whitening lets directions of mere noise decide who is near, none lets the loudest channels;
 
-**Why they are combined so.** The Gaussian knows directions and extrapolates from few images, but has one
-mode; the neighbours follow any shape, but know nothing between samples. Neither is right, their errors
-differ, and both speak in the same unit, C/2 nats per log. The logarithmic opinion pool p ~ p_G^(1/2)
-p_K^(1/2) (Genest & Zidek, 1986) keeps what both find unlikely. Its negative log is C/2 * log(score) with
+- the same density p_A of *anywhere*: R is the distance to the nearest row of a greedy coreset of all patches, wherever
+  they lie, as in PatchCore. It adds what the whole image knows about a place that has few examples. Rows chosen to
+  cover are no sample, so this is a density in its falling off only.
 
-      score = sqrt(D^2 det(S)^(1/C) * r^2) / (the mean of the same on left-out training images),
+**Why they are combined so.** The Gaussian knows directions and extrapolates from few images, but has one mode; the
+neighbours follow any shape, but know nothing between samples. None is right, their errors differ, and all speak in the
+same unit, C/2 nats per log. The logarithmic opinion pool p ~ (p_G p_L p_A)^(1/3) (Genest & Zidek, 1986) keeps what all
+find unlikely. Its negative log is C/2 * log(score) with
 
-a geometric mean of two squared distances. So a score is a factor: 1 = an average normal patch that was not
-learned from, 4 = twice as far away. With ``coreset`` there is another member: the distance to a greedy
-coreset of *all* patches, wherever they lie, as in PatchCore; it adds what the whole image knows about a place
-that has few examples. The pool is the mean over the members that are there. The ``quality`` recipe pools the
-two neighbour densities at 384 px, where a Gaussian has the same images for 2.25 times as many, smaller cells.
+    score = (D^2 det(S)^(1/C) * r^2 * R^2)^(1/3) / (the mean of the same on left-out training images),
 
-**What it is not.** It assumes that images are aligned about as well as PaDiM does. The density is a pool of
-two crude ones, not calibrated by itself: thresholds come from held-out normals. Degrees of whitening,
-shrinkage, rank, the stride-16 grid, the radius of one cell, widths, samples and the members of ``quality``
-were compared on *test* images of screw and magnetic_tile, so figures on those two are somewhat optimistic.
+a geometric mean of squared distances. So a score is a factor: 1 = an average normal patch that was not learned from,
+4 = twice as far away. ``gaussian=False`` and ``coreset=None`` leave a member out; the pool is the mean over those that
+are there. The ``quality`` recipe pools the two neighbour densities at 384 px, where a Gaussian has the same images for
+2.25 times as many, smaller cells.
+
+**What it is not.** It assumes that images are aligned about as well as PaDiM does. The density is a pool of crude ones,
+not calibrated by itself: thresholds come from held-out normals. Degrees of whitening, shrinkage, rank, the stride-16
+grid, the radius of one cell, widths, samples, the members of the pool and those of ``quality`` were compared on *test*
+images of screw and magnetic_tile, so figures on those two are somewhat optimistic.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ class Local(FeatureDetector):
         samples: vectors a cell keeps at most; with more training images a greedy choice (farthest first)
             keeps those
             that cover the others. Bounds memory and time of scoring whatever the number of images.
-        coreset: rows of a third, global bank (a share such as "10%" or a number); None = none.
+        coreset: rows of the global bank, a share such as "10%" or a number; None = no such member of the pool.
         max_memory: bytes the process may hold while fitting, such as "2GiB"; refuses before it starts
             when it cannot
             be kept. None = no limit.
@@ -107,10 +106,10 @@ class Local(FeatureDetector):
 
     paper: ClassVar[str] = "adflow's own; see adflow/methods/local.py"
     year: ClassVar[int] = 2026
-    learns: ClassVar[str] = "at every position a Gaussian and a bank of normal patches"
+    learns: ClassVar[str] = "at every position a Gaussian and a bank of normal patches, and a coreset of all"
     has_null: ClassVar[bool] = True
-    fit_cost: ClassVar[str] = "time O(n P (d^2 + s w)), memory O(P (d^2 + s w)) for s <= samples kept a cell"
-    score_cost: ClassVar[str] = "time and memory O(P (r d + 9 s w)): grows with n up to samples"
+    fit_cost: ClassVar[str] = "time O(n P (d^2 + s w + m w)), memory O(P (d^2 + s w)) for s <= samples kept a cell"
+    score_cost: ClassVar[str] = "time O(P (r d + 9 s w + m w)), memory O(P (r d + s w)): grows with n up to samples"
     recipes: ClassVar[dict[str, dict[str, Any]]] = {
         "fast": {"backbone": "lite0", "taps": ("b2", "b3", "b4"), "size": 256},
         "quality": {
@@ -118,7 +117,6 @@ class Local(FeatureDetector):
             "taps": ("b2", "b3", "b4"),
             "size": 384,
             "gaussian": False,
-            "coreset": "8000",
         },
     }
 
@@ -141,7 +139,7 @@ class Local(FeatureDetector):
         width: int | None = 128,
         radius: int = 1,
         samples: int = 192,
-        coreset: str | None = None,
+        coreset: str | None = "2000",
         max_memory: str | None = None,
         **base: Any,
     ) -> None:
