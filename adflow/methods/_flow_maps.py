@@ -1,20 +1,28 @@
-"""What FastFlow and CS-Flow share: which taps stand on which grid, maps from latents, and a measured null model."""
+"""What FastFlow and CS-Flow share: which taps stand on which grid, the fit, maps from latents, a measured null."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adflow.detector import Energy
+from adflow.detector import Energy, FeatureDetector, Progress
 from adflow.errors import unknown
 from adflow.imaging import Size, upsample
 from adflow.methods._memory import common_grid, concatenate
+from adflow.methods._spatial import PositionWhitening, normaliser
+from adflow.methods._train import one_cycle, train
 from adflow.methods._whiten import chi_square_fit, leave_one_out
+
+if TYPE_CHECKING:
+    from adflow.features import FeatureBank
 
 JOINS = ("own", "scale", "coarsest", "finest")
 SCORES = ("likelihood", "density")
@@ -122,6 +130,123 @@ class MeasuredNull(nn.Module):
     def energy(self, z: Tensor) -> Energy:
         """Return the energy of latents [B, C, h, w]."""
         return Energy(z.square().sum(1) * self.scale.reshape(self.grid), float(self.dof))
+
+
+class MapFlow(FeatureDetector):
+    """A flow on feature maps: whitened per position or not, trained by maximum likelihood, its null model measured.
+
+    A method's ``prepare`` calls ``make_layers`` and creates the flow; its constructor sets the options that are read
+    here.
+    """
+
+    has_null: ClassVar[bool] = True
+    scales: list[Scale]
+    norms: nn.ModuleList
+    nulls: nn.ModuleList
+    norm: str
+    shrinkage: float
+    epochs: int
+    batch: int
+    lr: float
+    warm: bool
+    weight_decay: float
+
+    @abstractmethod
+    def through(self, xs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Map the flow's inputs to latents [B, C, h, w] with log-determinants [B, h, w] at each position, per scale."""
+
+    @abstractmethod
+    def loss(self, latents: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the negative log-likelihood that is minimised."""
+
+    def training_options(self) -> dict[str, Any]:
+        """Return further options of :func:`adflow.methods._train.train`."""
+        return {}
+
+    def make_layers(self, scales: list[Scale]) -> None:
+        """Create what stands in front of the flow and its null model, for each scale."""
+        self.scales = scales
+        self.norms = nn.ModuleList(normaliser(self.norm, scale.channels, scale.grid) for scale in scales)
+        self.nulls = nn.ModuleList(MeasuredNull(scale.channels, scale.grid) for scale in scales)
+
+    def normalised(self, pyramid: list[Tensor]) -> list[Tensor]:
+        """Return the flow's inputs [B, C, h, w]."""
+        return [norm(scale.of(pyramid)) for scale, norm in zip(self.scales, self.norms, strict=True)]
+
+    def latents(self, pyramid: list[Tensor], left_out_of: int = 0) -> list[tuple[Tensor, Tensor]]:
+        """Return per scale latents [B, C, h, w] and the log-determinant [B, h, w] of each position's own entries.
+
+        The log-determinants, that of the whitening included, add up to that of the image.
+
+        Args:
+            pyramid: features.
+            left_out_of: how many images the whitening learned from, when these are among them and shall look like new.
+        """
+        xs = self.normalised(pyramid)
+        if left_out_of and self.norm == "position":
+            xs = [as_left_out(x, left_out_of, self.shrinkage) for x in xs]
+        return [
+            (z, logdet + norm.position_logdet() if isinstance(norm, PositionWhitening) else logdet)
+            for (z, logdet), norm in zip(self.through(xs), self.norms, strict=True)
+        ]
+
+    def fit_features(
+        self,
+        bank: FeatureBank,
+        *,
+        generator: torch.Generator,
+        progress: Progress | None = None,
+        checkpoint: Path | None = None,
+    ) -> None:
+        """Whiten, train the flow by maximum likelihood, and measure the null model."""
+        for scale, norm in zip(self.scales, self.norms, strict=True):
+            if isinstance(norm, PositionWhitening):
+                norm.learn((scale.of(pyramid) for pyramid in bank.batches(32)), self.shrinkage)
+        size = min(self.batch, len(bank))
+
+        def batches() -> Iterator[list[Tensor]]:
+            while True:
+                yield from bank.batches(size, shuffle=True, generator=generator, drop_last=True)
+
+        steps = self.epochs * (len(bank) // size)
+        train(
+            self,
+            lambda pyramid: self.loss(self.latents(pyramid, left_out_of=len(bank))),
+            batches(),
+            steps=steps,
+            lr=self.lr,
+            schedule=one_cycle(steps) if self.warm else None,
+            weight_decay=self.weight_decay,
+            generator=generator,
+            progress=progress,
+            checkpoint=checkpoint,
+            **self.training_options(),
+        )
+        if self.norm == "position":
+            with torch.no_grad():
+                self._measure_null(bank)
+
+    def _measure_null(self, bank: FeatureBank) -> None:
+        pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.scales]
+        for pyramid in bank.batches(32):
+            xs = self.normalised(pyramid)
+            for found, x, (z, _) in zip(pairs, xs, self.through(xs), strict=True):
+                found.append((x.square().sum(1), z.square().sum(1)))
+        for null, found in zip(self.nulls, pairs, strict=True):
+            assert isinstance(null, MeasuredNull)
+            null.learn(found, self.shrinkage)
+
+    def energy_features(self, pyramid: list[Tensor]) -> list[Energy]:
+        """Return squared latents summed over channels, about chi-square on good images that are new to the model.
+
+        With ``norm="position"`` scale and degrees are measured in ``fit``, otherwise they are the flow's promise: 1 and
+        C. Tails are the model's, not measured.
+        """
+        found = []
+        for null, (z, _) in zip(self.nulls, self.latents(pyramid), strict=True):
+            assert isinstance(null, MeasuredNull)
+            found.append(null.energy(z))
+        return found
 
 
 def brought_to(x: Tensor, grid: tuple[int, int]) -> Tensor:

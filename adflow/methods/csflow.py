@@ -29,8 +29,7 @@ Decisions where paper, code and statistics differ:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -38,23 +37,20 @@ import torch.nn.functional as F
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 
-from adflow.detector import Energy, FeatureDetector, Progress
 from adflow.errors import InputError, unknown
 from adflow.flows import conv_layer, soft_clamp
 from adflow.flows import load_original as load_strictly
 from adflow.imaging import Box, upsample
-from adflow.methods._flow_maps import JOINS, MeasuredNull, Scale, as_left_out, brought_to, density_maps, scales
-from adflow.methods._spatial import NORMS, PositionWhitening, normaliser
-from adflow.methods._train import one_cycle, train
+from adflow.methods._flow_maps import JOINS, MapFlow, Scale, brought_to, density_maps, scales
+from adflow.methods._spatial import NORMS
 
 if TYPE_CHECKING:
     from adflow.backbones import Backbone
-    from adflow.features import FeatureBank
 
 SLOPE = 0.1  # of LeakyReLU for negative numbers (the original's networks)
 
 
-class CSFlow(FeatureDetector):
+class CSFlow(MapFlow):
     """CS-Flow on any feature pyramid.
 
     Args:
@@ -162,11 +158,9 @@ class CSFlow(FeatureDetector):
         generator: torch.Generator,
     ) -> None:
         """Build the flow for these shapes."""
-        self.scales = self._scales(channels, grids)
-        self.norms = nn.ModuleList(normaliser(self.norm, scale.channels, scale.grid) for scale in self.scales)
+        self.make_layers(self._scales(channels, grids))
         shapes = [(scale.channels, *scale.grid) for scale in self.scales]
         self.flow = CrossScaleFlow(shapes, self.kernels, hidden=self.hidden, clamp=self.clamp, generator=generator)
-        self.nulls = nn.ModuleList(MeasuredNull(scale.channels, scale.grid) for scale in self.scales)
 
     def _scales(self, channels: list[int], grids: list[tuple[int, int]]) -> list[Scale]:
         if self.join != "image":
@@ -180,69 +174,17 @@ class CSFlow(FeatureDetector):
                 found.append(Scale(scale.channels, scale.grid, tuple(start + tap for tap in scale.taps)))
         return found
 
-    def normalised(self, pyramid: list[Tensor]) -> list[Tensor]:
-        """Return the flow's inputs [B, C, h, w], finest first."""
-        return [norm(scale.of(pyramid)) for scale, norm in zip(self.scales, self.norms, strict=True)]
+    def through(self, xs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Map all scales at once; see :class:`MapFlow`."""
+        return list(zip(*self.flow.local(xs), strict=True))
 
-    def latents(self, pyramid: list[Tensor], left_out_of: int = 0) -> list[tuple[Tensor, Tensor]]:
-        """Return per scale, finest first, latents [B, C, h, w] and log-determinants [B, h, w] at each position.
+    def loss(self, latents: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return :func:`cross_scale_loss`."""
+        return cross_scale_loss(latents)
 
-        ``left_out_of``: how many images the whitening learned from, when these are among them and shall look like new.
-        """
-        xs = self.normalised(pyramid)
-        if left_out_of and self.norm == "position":
-            xs = [as_left_out(x, left_out_of, self.shrinkage) for x in xs]
-        zs, logdets = self.flow.local(xs)
-        return [
-            (z, logdet + norm.position_logdet() if isinstance(norm, PositionWhitening) else logdet)
-            for z, logdet, norm in zip(zs, logdets, self.norms, strict=True)
-        ]
-
-    def fit_features(
-        self,
-        bank: FeatureBank,
-        *,
-        generator: torch.Generator,
-        progress: Progress | None = None,
-        checkpoint: Path | None = None,
-    ) -> None:
-        """Whiten, train the flow by maximum likelihood, and measure the null model."""
-        for scale, norm in zip(self.scales, self.norms, strict=True):
-            if isinstance(norm, PositionWhitening):
-                norm.learn((scale.of(pyramid) for pyramid in bank.batches(32)), self.shrinkage)
-        size = min(self.batch, len(bank))
-
-        def batches() -> Iterator[list[Tensor]]:
-            while True:
-                yield from bank.batches(size, shuffle=True, generator=generator, drop_last=True)
-
-        steps = self.epochs * (len(bank) // size)
-        train(
-            self,
-            lambda pyramid: cross_scale_loss(self.latents(pyramid, left_out_of=len(bank))),
-            batches(),
-            steps=steps,
-            lr=self.lr,
-            schedule=one_cycle(steps) if self.warm else None,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-            generator=generator,
-            progress=progress,
-            checkpoint=checkpoint,
-        )
-        if self.norm == "position":
-            with torch.no_grad():
-                self._measure_null(bank)
-
-    def _measure_null(self, bank: FeatureBank) -> None:
-        pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.scales]
-        for pyramid in bank.batches(32):
-            for found, x, (z, _) in zip(pairs, self.normalised(pyramid), self.latents(pyramid), strict=True):
-                found.append((x.square().sum(1), z.square().sum(1)))
-        for null, found in zip(self.nulls, pairs, strict=True):
-            if isinstance(null, MeasuredNull):
-                null.learn(found, self.shrinkage)
+    def training_options(self) -> dict[str, Any]:
+        """Return what the original sets beside the learning rate."""
+        return {"eps": self.eps, "clip": self.clip}
 
     def score_maps(self, pyramid: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Return maps [B, H, W]: every chosen scale's map brought to ``size``, their mean, smoothed."""
@@ -260,17 +202,6 @@ class CSFlow(FeatureDetector):
         if self.image_by == "map":
             return super().score_images(pyramid, maps, boxes)
         return mean_energy([z for z, _ in self.latents(pyramid)])
-
-    def energy_features(self, pyramid: list[Tensor]) -> list[Energy]:
-        """Return squared latents summed over channels, about chi-square on good images that are new to the model.
-
-        With ``norm="position"`` scale and degrees are measured in ``fit``, otherwise they are the flow's promise: 1 and
-        C. Tails are the model's, not measured.
-        """
-        latents = [z for z, _ in self.latents(pyramid)]
-        return [
-            null.energy(z) for null, z in zip(self.nulls, latents, strict=True) if isinstance(null, MeasuredNull)
-        ]
 
     def load_original(self, state: Mapping[str, Tensor], orders: Sequence[Sequence[Tensor]]) -> None:
         """Load the original's weights into a prepared detector; see :meth:`CrossScaleFlow.load_original`."""

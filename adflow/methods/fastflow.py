@@ -25,32 +25,20 @@ Decisions where paper, code and statistics differ:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from FrEIA.framework import SequenceINN
 from torch import Tensor, nn
 
-from adflow.detector import Energy, FeatureDetector, Progress
 from adflow.errors import InputError, unknown
 from adflow.flows import AllInOneBlock, conv_subnet, load_original
-from adflow.methods._flow_maps import (
-    JOINS,
-    SCORES,
-    MeasuredNull,
-    as_left_out,
-    density_maps,
-    likelihood_maps,
-    scales,
-)
-from adflow.methods._spatial import NORMS, PositionWhitening, coupling_pass, normaliser
-from adflow.methods._train import one_cycle, train
+from adflow.methods._flow_maps import JOINS, SCORES, MapFlow, density_maps, likelihood_maps, scales
+from adflow.methods._spatial import NORMS, coupling_pass
 
 if TYPE_CHECKING:
     from adflow.backbones import Backbone
-    from adflow.features import FeatureBank
 
 # Section 4.1 and the implementation's configurations: everything but backbone, taps, steps, kernels and hidden ratio.
 _PAPER: dict[str, Any] = {
@@ -68,7 +56,7 @@ _PAPER: dict[str, Any] = {
 _LAYERS = ("layer1", "layer2", "layer3")
 
 
-class FastFlow(FeatureDetector):
+class FastFlow(MapFlow):
     """FastFlow on any feature pyramid.
 
     Args:
@@ -165,8 +153,7 @@ class FastFlow(FeatureDetector):
         generator: torch.Generator,
     ) -> None:
         """Build a chain per map for these shapes."""
-        self.scales = scales(self.join, channels, grids)
-        self.norms = nn.ModuleList(normaliser(self.norm, scale.channels, scale.grid) for scale in self.scales)
+        self.make_layers(scales(self.join, channels, grids))
         self.flows = nn.ModuleList(
             conv_chain(
                 (scale.channels, *scale.grid),
@@ -179,101 +166,25 @@ class FastFlow(FeatureDetector):
             )
             for scale in self.scales
         )
-        self.nulls = nn.ModuleList(MeasuredNull(scale.channels, scale.grid) for scale in self.scales)
 
-    def normalised(self, pyramid: list[Tensor]) -> list[Tensor]:
-        """Return the chains' inputs [B, C, h, w]."""
-        return [norm(scale.of(pyramid)) for scale, norm in zip(self.scales, self.norms, strict=True)]
+    def through(self, xs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Map each chain's input; see :class:`MapFlow`."""
+        chains = [[block for block in flow.modules() if isinstance(block, AllInOneBlock)] for flow in self.flows]
+        return [coupling_pass(blocks, x) for blocks, x in zip(chains, xs, strict=True)]
 
-    def latents(self, pyramid: list[Tensor], left_out_of: int = 0) -> list[tuple[Tensor, Tensor]]:
-        """Return for each chain latents [B, C, h, w] and log-determinant [B], that of the whitening included.
-
-        ``left_out_of``: how many images the whitening learned from, when these are among them and shall look like new.
-        """
-        found = []
-        for x, norm, flow in zip(self.normalised(pyramid), self.norms, self.flows, strict=True):
-            if left_out_of and isinstance(norm, PositionWhitening):
-                x = as_left_out(x, left_out_of, self.shrinkage)
-            z, logdet = flow(x)
-            found.append((z, logdet + norm.logdet if isinstance(norm, PositionWhitening) else logdet))
-        return found
-
-    def local_densities(self, pyramid: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Return the same with the log-determinant [B, h, w] of each position's own entries.
-
-        The parts add up to the log-determinant of the image; each is what the couplings scale at that position.
-        """
-        found = []
-        for x, norm, flow in zip(self.normalised(pyramid), self.norms, self.flows, strict=True):
-            blocks = [block for block in flow.modules() if isinstance(block, AllInOneBlock)]
-            z, logdet = coupling_pass(blocks, x)
-            found.append((z, logdet + norm.position_logdet() if isinstance(norm, PositionWhitening) else logdet))
-        return found
-
-    def fit_features(
-        self,
-        bank: FeatureBank,
-        *,
-        generator: torch.Generator,
-        progress: Progress | None = None,
-        checkpoint: Path | None = None,
-    ) -> None:
-        """Whiten, train the chains by maximum likelihood, and measure the null model."""
-        for scale, norm in zip(self.scales, self.norms, strict=True):
-            if isinstance(norm, PositionWhitening):
-                norm.learn((scale.of(pyramid) for pyramid in bank.batches(32)), self.shrinkage)
-        size = min(self.batch, len(bank))
-
-        def batches() -> Iterator[list[Tensor]]:
-            while True:
-                yield from bank.batches(size, shuffle=True, generator=generator, drop_last=True)
-
-        steps = self.epochs * (len(bank) // size)
-        train(
-            self,
-            lambda pyramid: flow_loss(self.latents(pyramid, left_out_of=len(bank))),
-            batches(),
-            steps=steps,
-            lr=self.lr,
-            schedule=one_cycle(steps) if self.warm else None,
-            weight_decay=self.weight_decay,
-            generator=generator,
-            progress=progress,
-            checkpoint=checkpoint,
-        )
-        if self.norm == "position":
-            with torch.no_grad():
-                self._measure_null(bank)
-
-    def _measure_null(self, bank: FeatureBank) -> None:
-        pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.scales]
-        for pyramid in bank.batches(32):
-            for found, x, flow in zip(pairs, self.normalised(pyramid), self.flows, strict=True):
-                found.append((x.square().sum(1), flow(x)[0].square().sum(1)))
-        for null, found in zip(self.nulls, pairs, strict=True):
-            if isinstance(null, MeasuredNull):
-                null.learn(found, self.shrinkage)
+    def loss(self, latents: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the paper's loss, :func:`flow_loss`."""
+        return flow_loss(latents)
 
     def score_maps(self, pyramid: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Return maps [B, H, W]: every chain's map brought to ``size``, mean over chains, smoothed."""
         if self.score_by == "likelihood":
             return likelihood_maps([z for z, _ in self.latents(pyramid)], size, self.sigma(size))
-        return density_maps(self.local_densities(pyramid), size, self.sigma(size))
+        return density_maps(self.latents(pyramid), size, self.sigma(size))
 
     def score_features(self, pyramid: list[Tensor]) -> Tensor:
         """Return the map on the finest grid of a chain."""
         return self.score_maps(pyramid, max((s.grid for s in self.scales), key=lambda grid: grid[0] * grid[1]))
-
-    def energy_features(self, pyramid: list[Tensor]) -> list[Energy]:
-        """Return squared latents summed over channels, about chi-square on good images that are new to the model.
-
-        With ``norm="position"`` scale and degrees are measured in ``fit``, otherwise they are the flow's promise: 1 and
-        C. Tails are the model's, not measured.
-        """
-        latents = [z for z, _ in self.latents(pyramid)]
-        return [
-            null.energy(z) for null, z in zip(self.nulls, latents, strict=True) if isinstance(null, MeasuredNull)
-        ]
 
     def load_original(self, state: Mapping[str, Tensor]) -> None:
         """Load a checkpoint of the implementation (keys ``norms.*``, ``nf_flows.*``) into a prepared detector.
@@ -312,6 +223,8 @@ def conv_chain(
 
 
 def flow_loss(latents: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the sum over chains of mean_batch(|z|^2 / 2 - logdet), in nats per image."""
-    parts = [(0.5 * z.square().flatten(1).sum(1) - logdet).mean() for z, logdet in latents]
+    """Return the sum over chains of mean_batch(|z|^2 / 2 - logdet) in nats; logdets are [B, h, w] or [B]."""
+    parts = [
+        (0.5 * z.square().flatten(1).sum(1) - logdet.reshape(len(z), -1).sum(1)).mean() for z, logdet in latents
+    ]
     return torch.stack(parts).sum()

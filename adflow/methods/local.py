@@ -117,6 +117,7 @@ class Local(FeatureDetector):
             "taps": ("b2", "b3", "b4"),
             "size": 384,
             "gaussian": False,
+            "samples": 512,
         },
     }
 
