@@ -98,7 +98,7 @@ class TrainFeatures:
         """
         array, _ = fit_to(read_image(self._train[index].image), self.bank.size, False)
         with one_thread():
-            scores = detector.score(torch.from_numpy(array)[None], [box])
+            scores = detector.score(torch.tensor(array)[None], [box])
             score_map, value = _score(detector, self.bank, row, box)
         return np.array_equal(scores.map[0].numpy(), score_map) and float(scores.image[0]) == value
 
