@@ -69,6 +69,7 @@ from adflow.methods._memory import (
     parse_bytes,
     pyramid_shapes,
     random_projection,
+    resident_bytes,
 )
 from adflow.methods._whiten import Whitening, chi_square_fit, leave_one_out
 
@@ -247,7 +248,9 @@ class Local(FeatureDetector):
         coreset = None
         if self.coreset is not None:
             size = coreset_size(self.coreset, rows)
-            capacity = min(rows, max(2 * size, _HELD // (12 * width)))
+            limit = parse_bytes(self.max_memory)
+            held = _HELD if limit is None else min(_HELD, (limit - resident_bytes()) // 4)
+            capacity = min(rows, max(2 * size, held // (12 * width)))
             coreset = StreamingCoreset(size, capacity, random_projection(width, width, generator), generator)
         self.neighbours.start(self.samples)
         done = 0
