@@ -497,11 +497,21 @@ def turn(images: Tensor, angle: float, fill: str) -> Tensor:
         return turned.flip(((2,), (2, 3), (3,))[quarters % 4 - 1]) if quarters % 4 else turned
     radians = math.radians(angle)
     cosine, sine = math.cos(radians), math.sin(radians)
-    # Output to input in pixels; y points down, and grid coordinates are in half widths and half heights.
-    affine = [[cosine, -sine * height / width, 0.0], [sine * width / height, cosine, 0.0]]
-    theta = torch.tensor([affine], dtype=images.dtype, device=images.device).expand(len(images), 2, 3)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode=fill, align_corners=False)
+    # Where each output pixel comes from, about the centre; y points down. Not every export format has grid_sample.
+    y, x = (torch.arange(n, dtype=images.dtype, device=images.device) - (n - 1) / 2 for n in (height, width))
+    x, y = x[None, :], y[:, None]
+    x, y = cosine * x - sine * y + (width - 1) / 2, sine * x + cosine * y + (height - 1) / 2  # [H, W]
+    left, top = x.floor(), y.floor()
+    pixels = images.flatten(2).transpose(1, 2).contiguous()  # [B, H W, C]: the channels of a pixel are read at once
+    turned = torch.zeros_like(pixels)
+    for column in (left, left + 1):
+        for row in (top, top + 1):
+            weight = (1 - (x - column).abs()) * (1 - (y - row).abs())
+            if fill == "zeros":
+                weight = weight * ((column >= 0) & (column < width) & (row >= 0) & (row < height))
+            source = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+            turned = turned + pixels.index_select(1, source.flatten()) * weight.reshape(-1, 1)
+    return turned.transpose(1, 2).reshape(images.shape)
 
 
 def gradient_map(gradients: Tensor, sigma: float) -> Tensor:
