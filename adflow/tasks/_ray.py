@@ -181,7 +181,7 @@ def connect(address: str | None, *, cpus: int = 1, gpus: float = 0) -> Cluster:
         ) from None
     if not ray.is_initialized():
         try:
-            ray.init(address, logging_level=logging.WARNING)
+            ray.init(address or os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UnavailableError(
                 f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS')}: {_first_line(error)}",
