@@ -245,10 +245,16 @@ class Images:
         return item.image if isinstance(item, Sample) else Path(item)
 
     def part(self, start: int, stop: int) -> Images:
-        """Return the images at places ``start`` to ``stop``; what it cannot read is recorded here, too."""
-        found = Images(self.items[start:stop], self.size, self.keep_aspect, self.strict, self.workers)
+        """Return the images at places ``start`` to ``stop`` of those not found unreadable; it records what it finds here."""
+        items = self.items[start:stop]
+        if self._bad:
+            items = [self.items[i] for i in self._readable()[start:stop]]
+        found = Images(items, self.size, self.keep_aspect, self.strict, self.workers)
         found.skipped, found._whole = self.skipped, False
         return found
+
+    def _readable(self) -> list[int]:
+        return [index for index in range(len(self.items)) if index not in self._bad]
 
     def leave_out(self, skipped: Sequence[tuple[Path, str]]) -> None:
         """Record files that could not be read elsewhere."""
@@ -266,7 +272,7 @@ class Images:
         Raises:
             InputError: a file cannot be read and ``strict`` is set, or none of them can be read.
         """
-        wanted = [index for index in range(len(self.items)) if index not in self._bad]
+        wanted = self._readable()
         count = 0
         for index, frame in zip(wanted, self._decoded(wanted), strict=True):
             if isinstance(frame, Frame):
