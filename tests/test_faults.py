@@ -419,6 +419,8 @@ def test_out_of_memory_names_the_settings(monkeypatch: pytest.MonkeyPatch, capsy
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
         RuntimeError("std::bad_alloc"),
+        RuntimeError("can't start new thread"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     ):
 
@@ -428,3 +430,11 @@ def test_out_of_memory_names_the_settings(monkeypatch: pytest.MonkeyPatch, capsy
         monkeypatch.setattr("adflow.methods.facts", fail)
         assert cli.run(["list", "methods"]) == 5, error
         assert "--feature-memory" in capsys.readouterr().err
+    for bug in (RuntimeError("shapes differ"), ImportError("no module")):
+        monkeypatch.setattr("adflow.methods.facts", lambda bug=bug: (_ for _ in ()).throw(bug))
+        with pytest.raises(type(bug)):
+            cli.run(["list", "methods"])
+    monkeypatch.setattr("adflow.methods.facts", lambda: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr("rich.console.Console.print", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+    assert cli.run(["list", "methods"]) == 5
+    assert "out of memory" in capsys.readouterr().err

@@ -83,14 +83,21 @@ def run(arguments: list[str]) -> int:
         # No permission, a name too long, a share that is gone: the machine's state, wherever it was met.
         kind = ResourceError if isinstance(error, PermissionError) else InputError
         return _tell(kind(f"cannot use {error.filename}: {error.strerror}", hint="Look at the path and its rights."))
-    except MemoryError:
-        return _tell(_out_of_memory("the machine"))
-    except RuntimeError as error:
-        # What torch says on GPUs, Linux, Windows, and of its C++ parts.
-        words = ("not enough memory", "can't allocate memory", "bad_alloc", "out of memory")
-        if type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words):
-            return _tell(_out_of_memory("the device"))
-        raise
+    except (MemoryError, ImportError, RuntimeError) as error:
+        whose = _short_of_memory(error)
+        if whose is None:
+            raise
+        return _tell(_out_of_memory(whose))
+
+
+def _short_of_memory(error: Exception) -> str | None:
+    """Return what ran out of memory, or None when that is not what the error says."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of GPUs
+        return "the device"
+    # Linux, Windows, torch's C++ parts, a thread's stack, a library that is loaded.
+    words = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "can't start new thread",
+             "failed to map segment")  # fmt: skip
+    return "the machine" if isinstance(error, MemoryError) or any(word in str(error) for word in words) else None
 
 
 def _out_of_memory(whose: str) -> ResourceError:
@@ -100,13 +107,16 @@ def _out_of_memory(whose: str) -> ResourceError:
 
 
 def _tell(error: AdflowError) -> int:
-    from rich.console import Console
-    from rich.markup import escape
+    lines = [str(error), *([error.hint] if error.hint else [])]
+    try:
+        from rich.console import Console
+        from rich.markup import escape
 
-    from adflow.cli._console import visible
+        from adflow.cli._console import visible
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]error[/bold red] {escape(visible(str(error)))}")
-    if error.hint:
-        console.print(f"[dim]  →[/dim] {escape(visible(error.hint))}")
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        for start, line in zip(("[bold red]error[/bold red] ", "[dim]  →[/dim] "), lines, strict=False):
+            console.print(start + escape(visible(line)))
+    except MemoryError:
+        sys.stderr.write("error " + "\n  ".join(lines) + "\n")
     return error.exit_code
