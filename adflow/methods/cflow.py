@@ -365,8 +365,8 @@ class CFlow(FeatureDetector):
             if folds > 1:
                 other = ContextWhitening(layer.mean.shape[1], layer.grid, layer.context, self.shrinkage)
                 other.learn(rows, _views(rest, bank.views))
-            for row in _views(part[: -(-keep * len(part) // images)], bank.views):
-                pool.append(other(rows([row])))
+            kept = _views(part[: -(-keep * len(part) // images)], bank.views)
+            pool.extend(other(rows(kept[i : i + TOGETHER])) for i in range(0, len(kept), TOGETHER))
         return torch.cat(pool)
 
     def _train_steps(
