@@ -93,11 +93,9 @@ def run(
     count = workers or default_workers()
     source = iter(samples)
     if detector.device().type == "cpu":
-        # Pictures that are kept take memory, and a short list must reach every worker.
-        each = 1 if keep_picture else detector.at_once
-        if isinstance(samples, Sized):
-            each = max(1, min(each, len(samples) // count))
-        groups = iter(lambda: list(islice(source, each)), [])
+        left = len(samples) if isinstance(samples, Sized) else None
+        # Pictures that are kept take memory.
+        groups = _groups(source, left, 1 if keep_picture else detector.at_once, count)
         with one_thread(), ThreadPoolExecutor(count, "adflow-score") as pool:
             for done in _ordered(pool, work.whole, groups, ahead=2 * count):
                 yield from done
@@ -107,6 +105,19 @@ def run(
             while group := list(islice(read, batch_size)):
                 work.score_together(group)
                 yield from _ordered(pool, work.finish, iter(group), ahead=2 * count)
+
+
+def _groups(source: Iterator[Sample], left: int | None, most: int, workers: int) -> Iterator[list[Sample]]:
+    """Yield groups of at most ``most``, smaller towards the end of a known length: all workers shall end together."""
+    size = most
+    while True:
+        if left is not None:
+            size = max(1, min(most, left // workers))
+            left -= size
+        group = list(islice(source, size))
+        if not group:
+            return
+        yield group
 
 
 def _ordered(pool: ThreadPoolExecutor, task: Callable[[Any], T], source: Iterator[Any], ahead: int) -> Iterator[T]:

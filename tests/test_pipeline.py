@@ -14,7 +14,7 @@ from adflow.backbones import Backbone
 from adflow.data import Sample
 from adflow.errors import InputError
 from adflow.methods.cflow import CFlow
-from adflow.pipeline import Scored, run
+from adflow.pipeline import Scored, _groups, run
 
 STAGES = {"decode", "resize", "encoder", "method", "upsample", "image score"}
 
@@ -45,6 +45,18 @@ def test_results_are_those_of_each_image_alone_in_order(detector: CFlow, samples
         (alone,) = run(detector, iter([sample]))
         assert np.array_equal(alone.map, scored.map)
         assert scored.error is not None or (alone.image == scored.image and set(scored.seconds) == STAGES)
+
+
+def test_groups_shrink_towards_a_known_end(samples: list[Sample]) -> None:
+    def sizes(left: int | None, workers: int) -> list[int]:
+        found = list(_groups(iter(samples), left, 8, workers))
+        assert [sample for group in found for sample in group] == samples
+        return [len(group) for group in found]
+
+    assert sizes(None, 2) == [8, 8, 3]
+    assert sizes(19, 2) == [8, 5, 3, 1, 1, 1]
+    assert sizes(19, 64) == [1] * 19
+    assert sizes(4, 1) == [4, *[1] * 15]  # fewer were announced: no image is lost
 
 
 def test_strict_stops_at_the_unreadable_image(detector: CFlow, samples: list[Sample]) -> None:

@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", help="float32, bf16, or both with a comma")
     parser.add_argument("--grow", action="store_true")
     chosen = parser.parse_args()
-    paths = list_images(chosen.folder)[: chosen.images]
+    paths = list_images(chosen.folder)
+    paths = paths[:: max(1, len(paths) // chosen.images)][: chosen.images]  # of every kind
     if chosen.grow:
         grow(chosen.detector, paths)
         return
