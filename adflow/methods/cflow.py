@@ -356,7 +356,7 @@ class CFlow(FeatureDetector):
         folds = min(self.folds, images // 2)
         per_image = layer.mean.numel() * 4 * bank.views
         keep = max(2, min(images, self._pool_bytes() // per_image))
-        pool = []
+        pool: list[Tensor] = []
         # Without couplings one part is enough: it only says how large the energies of new images are.
         for fold in range(max(1, folds) if self.blocks else 1):
             part = order[fold::folds] if folds > 1 else order
