@@ -295,6 +295,17 @@ def test_bf16_is_near_float32_and_can_be_undone(lite0: Backbone) -> None:
         quick.to_precision("fp8")
 
 
+def test_the_first_of_several_stages_is_not_rounded() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        convs = [nn.Conv2d(3, 3, 3, padding=1).requires_grad_(False) for _ in range(2)]
+    image = noise(1, 3, 8, 8)
+    several, single = _nets.Stages(nn.Identity(), convs, [True, True]), _nets.Stages(nn.Identity(), convs[:1], [True])
+    first, second = _nets.rounded(several)(image)
+    assert torch.equal(first, several(image)[0]) and second.dtype == torch.bfloat16
+    assert _nets.rounded(single)(image)[0].dtype == torch.bfloat16
+
+
 def test_an_exported_graph_keeps_plain_convolutions(lite0: Backbone) -> None:
     image = noise(1, 3, 64, 64)
     program = torch.export.export(lite0, (image,))
