@@ -49,9 +49,9 @@ class Stages(nn.Module):
 def rounded(net: nn.Module) -> nn.Module:
     """Return a copy of ``net`` that takes float32 images and computes in bfloat16.
 
-    The first stage of several of a convolutional net stays in float32: its kernels span the widest range, all that follows sees
-    their error, and they cost little. In lite0 that takes the error of the maps from 13 % to 3 %, and the rank
-    correlation of CFLOW-AD's scores with those of float32 from 0.997 to 0.9996 (measured on screw).
+    The first of several stages of a convolutional net stays in float32: its kernels span the widest range, all that
+    follows sees their error, and they cost little. In lite0 that takes the error of the maps from 13 % to 3 %, and the
+    rank correlation of CFLOW-AD's scores with those of float32 from 0.997 to 0.9996 (measured on screw).
     """
     copied = copy.deepcopy(net)
     if not isinstance(copied, Stages) or len(copied.stages) == 1:
