@@ -60,6 +60,7 @@ def fit(
     from adflow.detector import Resources
     from adflow.errors import PartialError, UsageError
     from adflow.methods import get
+    from adflow.methods._memory import resident_bytes
     from adflow.tasks.fit import FitOptions, fit_on
     from adflow.tasks.fit import fit as run_fit
 
@@ -71,7 +72,8 @@ def fit(
     chosen = o.settings(settings)
     memory = o.bytes_of(feature_memory)
     if max_memory is not None:
-        memory = min(memory, o.bytes_of(max_memory) // 4)
+        # Libraries alone take half a GiB: features get a quarter of what they leave, the method and its copies the rest.
+        memory = min(memory, max(1, (o.bytes_of(max_memory) - resident_bytes()) // 4))
         if "max_memory" in get(method).parameters_of():
             chosen.setdefault("max_memory", o.bytes_of(max_memory))
     options = FitOptions(

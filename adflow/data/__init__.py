@@ -245,7 +245,7 @@ class Images:
         return item.image if isinstance(item, Sample) else Path(item)
 
     def part(self, start: int, stop: int) -> Images:
-        """Return the readable images at places ``start`` to ``stop``; what they turn out not to be is recorded here."""
+        """Return the readable images at places ``start`` to ``stop``; those that prove unreadable are recorded here."""
         items = self.items[start:stop]
         if self._bad:
             items = [self.items[i] for i in self._readable()[start:stop]]
