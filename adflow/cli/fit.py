@@ -72,7 +72,7 @@ def fit(
     chosen = o.settings(settings)
     memory = o.bytes_of(feature_memory)
     if max_memory is not None:
-        # Libraries alone take half a GiB: features get a quarter of what they leave, the method and its copies the rest.
+        # Libraries alone take half a GiB: features get a quarter of what they leave, the method the rest.
         memory = min(memory, max(1, (o.bytes_of(max_memory) - resident_bytes()) // 4))
         if "max_memory" in get(method).parameters_of():
             chosen.setdefault("max_memory", o.bytes_of(max_memory))
