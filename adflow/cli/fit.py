@@ -179,6 +179,8 @@ def _health(summary: dict[str, Any]) -> str:
         auc = calibration["fit_auc"]
         side = "like" if calibration["fit_p"] >= 0.01 else "higher than" if auc > 0.5 else "lower than"
         text += f"; held-out images score {side} fitted ones (AUC {auc:.2f})"
+        # As of any method that learns its images by heart: why the fitted ones cannot tell the false-alarm rate.
+        text += ", which are remembered" if side == "higher than" else ""
     if null:
         worst = min(null, key=lambda scale: scale["effective_dof"] / scale["dof"])
         state = "holds" if all(scale["trusted"] for scale in null) else "does not hold"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .conftest import Call
+from .conftest import Call, write_part
 
 
 def test_help_needs_no_torch() -> None:
@@ -29,6 +29,7 @@ def test_fit_writes_a_run_and_says_the_next_command(parts: Path, tmp_path: Path,
     (run,) = done.json()["runs"]
     assert run["images"] == 32 and run["held_out"] == 8 and run["size"] == [64, 64]
     assert Path(run["detector"]).is_file() and "next:" in done.err
+    assert 0 <= run["calibration"]["fit_auc"] <= 1 and "fitted ones (AUC" in done.err
     assert sorted(p.name for p in Path(run["detector"]).parent.iterdir()) == ["detector.safetensors", "fit.json"]
 
 
@@ -90,11 +91,25 @@ def test_evaluate_prints_one_object_with_fractions(parts: Path, runs: Path, call
     assert "pixel" in call("evaluate", parts, "--runs", runs).out
 
 
-def test_calibrate_anew(parts: Path, runs: Path, tmp_path: Path, call: Call) -> None:
+def test_darker_images_are_warned_of_until_calibrated_anew(
+    parts: Path, runs: Path, tmp_path: Path, call: Call
+) -> None:
     copy = tmp_path / "d.safetensors"
     copy.write_bytes(next(runs.glob("*/detector.safetensors")).read_bytes())
-    done = call("calibrate", copy, parts / "test" / "good", "--json")
-    assert done.code == 0 and done.json()["images"] == 6, done.err
+    rng = np.random.default_rng(7)
+    for name, light in (("same", 1.0), ("dark", 0.5), ("dark2", 0.5)):
+        write_part(tmp_path / name, 20, rng)
+        for path in (tmp_path / name).iterdir():
+            Image.fromarray((np.asarray(Image.open(path)) * light).astype(np.uint8)).save(path)
+    warning = "run `adflow calibrate RUN FOLDER_OF_GOOD`"
+    out = tmp_path / "out"
+    for command in ("score", "segment"):
+        assert warning not in call(command, tmp_path / "same", "--model", copy, "--out", out).err
+        shifted = call(command, tmp_path / "dark", "--model", copy, "--out", out)
+        assert shifted.code == 0 and warning in shifted.err and "more false alarms than promised" in shifted.err
+    done = call("calibrate", copy, tmp_path / "dark2", "--json")
+    assert done.code == 0 and done.json()["images"] == 20, done.err
+    assert warning not in call("score", tmp_path / "dark", "--model", copy, "--out", out).err
 
 
 def test_list_detectors_and_methods(runs: Path, call: Call) -> None:
