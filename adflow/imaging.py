@@ -172,7 +172,7 @@ def fit_to(image: Array, size: Size, keep_aspect: bool = False) -> tuple[npt.NDA
         planes = np.clip(planes, 0, 1, out=planes)
     if (box.height, box.width) != tuple(size):
         planes = np.pad(planes, [(0, 0), *_borders(box, size)], mode="edge")
-    return np.ascontiguousarray(np.broadcast_to(planes, (3, *size))), box
+    return np.ascontiguousarray(np.broadcast_to(planes, (3, *size)) if grey else planes), box
 
 
 def _resized(image: Image.Image, size: Size) -> Image.Image:

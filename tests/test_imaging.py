@@ -585,3 +585,14 @@ def test_a_map_does_not_depend_on_its_batch() -> None:
 def test_reading_needs_no_torch() -> None:
     code = "import sys, adflow.imaging, adflow.data, adflow.data.folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (20, 50), (50, 20)])
+def test_an_input_can_be_written_to_and_columns_are_resized_first(shape: tuple[int, int]) -> None:
+    """torch takes no read-only array; and rows first, as Pillow 13 has it for tall images, would round otherwise."""
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    found, _ = fit_to(image, (16, 16))
+    assert found.flags.writeable
+    columns = np.asarray(Image.fromarray(image).resize((16, shape[0]), Image.Resampling.BILINEAR))
+    rows = np.asarray(Image.fromarray(columns).resize((16, 16), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(found, rows.transpose(2, 0, 1).astype(np.float32) / 255)
