@@ -180,8 +180,10 @@ def connect(address: str | None, *, cpus: int = 1, gpus: float = 0) -> Cluster:
             hint="Run `pip install 'adflow[ray]'`, then the same command.",
         ) from None
     if not ray.is_initialized():
+        known = address or os.environ.get("RAY_ADDRESS")
+        own = {} if known else {"include_dashboard": False}  # progress and results come here
         try:
-            ray.init(address or os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING)
+            ray.init(known or "local", logging_level=logging.WARNING, **own)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UnavailableError(
                 f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS')}: {_first_line(error)}",
