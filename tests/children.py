@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Children:
         self._ask({"start": self.count, **request})
         return self.count
 
-    def wait(self, number: int, *, timeout: float = 60, kill_after: float | None = None) -> Run:
+    def wait(self, number: int, *, timeout: float = 300, kill_after: float | None = None) -> Run:
         """Wait for a run, or kill it ``kill_after`` seconds after its start. Hanging is a failure."""
         answer = self._ask({"wait": number, "timeout": timeout, "kill_after": kill_after})
         base = Path(self.folder.name) / str(number)
@@ -85,7 +86,7 @@ class Children:
             path.unlink()
         return Run(answer["code"], out, err, answer["seconds"], [tuple(json.loads(line)) for line in lines])
 
-    def run(self, *argv: object, fault: dict[str, Any] | None = None, timeout: float = 60,
+    def run(self, *argv: object, fault: dict[str, Any] | None = None, timeout: float = 300,
             kill_after: float | None = None, **where: Any) -> Run:  # fmt: skip
         """Start a run and wait for it."""
         return self.wait(self.start(*argv, fault=fault, **where), timeout=timeout, kill_after=kill_after)
@@ -201,6 +202,10 @@ def _limits(fault: dict[str, Any]) -> None:
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + fault["more_memory"],) * 2)
     if "user" in fault:
+        # That user may not be able to read the sources.
+        for name in ("download", "fit", "score", "segment", "evaluate", "export"):
+            import_module(f"adflow.tasks.{name}")
+            import_module(f"adflow.cli.{name}")
         os.setgid(fault["user"])
         os.setuid(fault["user"])
 

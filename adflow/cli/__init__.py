@@ -94,9 +94,9 @@ def _short_of_memory(error: Exception) -> str | None:
     """Return what ran out of memory, or None when that is not what the error says."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of GPUs
         return "the device"
-    # Linux, Windows, torch's C++ parts, a thread's stack, a library that is loaded.
-    words = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "can't start new thread",
-             "failed to map segment")  # fmt: skip
+    # Linux, Windows, torch's C++ parts, oneDNN, a thread's stack, a library that is loaded.
+    words = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a primitive",
+             "can't start new thread", "failed to map segment")  # fmt: skip
     return "the machine" if isinstance(error, MemoryError) or any(word in str(error) for word in words) else None
 
 
