@@ -42,6 +42,17 @@ def finish(one: Any, half: bool, any_batch: bool, ranges: Sequence[np.ndarray]) 
     return model
 
 
+def name_stages(graph: Any, names: Sequence[str]) -> None:
+    """Give the outputs behind :data:`adflow.bundle.OUTPUTS` the names of the stages."""
+    outputs = [output.name for output in graph.output[len(OUTPUTS) :]]
+    new = {old: STAGE + name for old, name in zip(outputs, names, strict=True)}
+    for node in graph.node:
+        for ends in (node.input, node.output):
+            ends[:] = [new.get(end, end) for end in ends]
+    for output in graph.output:
+        output.name = new.get(output.name, output.name)
+
+
 def half_type(tensor: Tensor) -> torch.dtype:
     """Return float16, or bfloat16 for values that are too large or too small for it."""
     largest = float(tensor.abs().max())

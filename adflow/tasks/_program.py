@@ -26,7 +26,7 @@ from adflow.bundle import MODELS, OUTPUTS
 from adflow.detector import Detector, Scores
 from adflow.errors import UnavailableError
 from adflow.imaging import Box
-from adflow.tasks._onnx import SMALL, finish, half_type, lay_straight, stable_sort
+from adflow.tasks._onnx import SMALL, finish, half_type, lay_straight, name_stages, stable_sort
 from adflow.tasks._resize import fit_inside, within
 
 # What torch's exporter writes.
@@ -351,10 +351,12 @@ def _write_onnx(
             dynamo=False,
             opset_version=form.opset,
             input_names=["images"],
-            output_names=[*OUTPUTS, *(f"stage {name}" for name in stages.names)],
+            output_names=list(OUTPUTS),
             dynamic_axes={"images": {1: "H", 2: "W"}} if form.any_size else None,
         )
     model = onnx.load_from_string(buffer.getvalue())
+    # Named only now: what is recorded may run other modules than a plain pass, which fuses some.
+    name_stages(model.graph, stages.names)
     if form.kind == "onnx":
         path.write_bytes(finish(model, form.half, form.any_batch, ranges).SerializeToString())
         return

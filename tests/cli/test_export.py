@@ -281,8 +281,9 @@ def test_a_broken_export_is_refused_and_the_place_named(
     )  # fmt: skip
     assert done.code == 6, done.err
     said = " ".join(done.err.split())
-    assert "not equal and was removed" in said and "begins at backbone.net.stages.4.2.conv_dw " in said
-    assert "backbone.net.stages.4.2.bn1 is still equal" in said
+    # Which layers of the block can be compared depends on what the processor fuses.
+    assert "not equal and was removed" in said and "begins at backbone.net.stages.4.2." in said
+    assert "backbone.net.stages.4.2." in said.partition("of its range); ")[2]
     assert list(tmp_path.iterdir()) == []
 
 
