@@ -26,6 +26,8 @@ from _contest import HEAD, Outcome, Sides, cached, cores, lines
 
 PARTS = ("fit", "predict", "metrics", "memory", "nfa")
 ROUNDS = 5
+MAPS = (100, 256)  # how many, and their side
+ROWS = (40_000, 232, 300)  # of the coreset: how many to choose from, their length, how many are chosen
 BARS = {"cflow": 10.0, "padim": 5.0}  # how many times faster a fit shall reach the peer's quality
 Found = dict[str, Outcome]
 
@@ -88,18 +90,17 @@ def predict(table: Table, folder: Path, images: int) -> None:
 
 
 def metrics(table: Table) -> None:
-    found: Found = {}
-    sides = bench_metrics.sides(100, 512)
+    sides = bench_metrics.sides(*MAPS)
     quick = {name: side for name, side in sides.items() if name not in bench_metrics.SLOW}
     found = cached("metrics", quick, table.cache, ROUNDS, warm=True)
     found |= cached("metrics", {name: sides[name] for name in bench_metrics.SLOW}, table.cache)
-    table.show("pixel metrics of 100 maps of 512 x 512", found)
+    table.show(f"pixel metrics of {MAPS[0]} maps of {MAPS[1]} x {MAPS[1]}", found)
     table.bar("pixel metrics: torchmetrics + anomalib / adflow exact", ratio(found, "torchm", "adflow exact"), 20)
     table.bar("pixel metrics: adflow exact / one np.sort", ratio(found, "adflow exact", "np.sort"), 3, at_most=True)
 
 
 def memory(table: Table) -> None:
-    rows, width, picks = 80_000, 232, 400
+    rows, width, picks = ROWS
     sides = bench_memory.coresets(rows, width, picks)
     title = f"coreset: {picks} of {rows} rows of {width} numbers"
     found = table.run("memory/coreset", title, sides, 1)
