@@ -71,7 +71,7 @@ def cores() -> int:
 
 
 def contest(
-    sides: Sides, rounds: int = 5, warm: bool = True, once: tuple[str, ...] = ()
+    sides: Sides, rounds: int = 5, warm: bool = True, once: tuple[str, ...] = (), threads: int | None = None
 ) -> dict[str, Outcome]:
     """Let every side run ``rounds`` times, in turn.
 
@@ -80,12 +80,13 @@ def contest(
         rounds: how often each runs.
         warm: run each once more before, unmeasured.
         once: sides so slow that one measured round has to do, without warming up.
+        threads: of every side; None = as many as there are cores.
     """
     context = multiprocessing.get_context("spawn")
     found = {name: Outcome() for name in sides}
     pipes: dict[str, Connection] = {}
     processes = {}
-    with _environment():
+    with _environment(threads or cores()):
         for name, (make, *arguments) in sides.items():
             pipes[name], child = context.Pipe()
             processes[name] = context.Process(target=_work, args=(child, make, arguments), daemon=False)
@@ -114,12 +115,19 @@ def contest(
     return found
 
 
-def cached(section: str, sides: Sides, cache: Path | None, rounds: int = 1, warm: bool = False) -> dict[str, Outcome]:
+def cached(
+    section: str,
+    sides: Sides,
+    cache: Path | None,
+    rounds: int = 1,
+    warm: bool = False,
+    threads: int | None = None,
+) -> dict[str, Outcome]:
     """Return what a JSON file holds of ``sides``, and run the others; what ran without error goes into the file."""
     known = json.loads(cache.read_text()) if cache and cache.exists() else {}
     here = known.setdefault(section, {})
     missing = {name: side for name, side in sides.items() if name not in here}
-    fresh = contest(missing, rounds, warm) if missing else {}
+    fresh = contest(missing, rounds, warm, threads=threads) if missing else {}
     here |= {name: asdict(one) for name, one in fresh.items() if not one.error}
     if cache and fresh:
         cache.write_text(json.dumps(known, indent=1) + "\n")
@@ -226,10 +234,10 @@ def _forget_peak() -> None:
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
+def _environment(threads: int) -> Iterator[None]:
     """Set thread counts for children: they are read when numpy and torch are loaded."""
     before = dict(os.environ)
-    os.environ.update(dict.fromkeys(_THREADS, str(cores())), OMP_WAIT_POLICY="PASSIVE", PYTHONWARNINGS="ignore")
+    os.environ.update(dict.fromkeys(_THREADS, str(threads)), OMP_WAIT_POLICY="PASSIVE", PYTHONWARNINGS="ignore")
     try:
         yield
     finally:

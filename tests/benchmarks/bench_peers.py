@@ -50,8 +50,10 @@ class Table:
         self.bars: list[str] = []
         print(HEAD, flush=True)
 
-    def run(self, section: str, work: str, sides: Sides, rounds: int = ROUNDS) -> Found:
-        found = cached(section, sides, self.cache, rounds, warm=rounds > 1)
+    def run(
+        self, section: str, work: str, sides: Sides, rounds: int = ROUNDS, threads: int | None = None
+    ) -> Found:
+        found = cached(section, sides, self.cache, rounds, warm=rounds > 1, threads=threads)
         self.show(work, found)
         return found
 
@@ -121,7 +123,7 @@ def nfa(table: Table) -> None:
     for shapes, bound in zip(bench_nfa.SHAPES, (4.0, 6.0), strict=False):
         label = " + ".join(f"{c} x {s}²" for c, s in shapes)
         sides = {name: (bench_nfa.side, name, shapes) for name in ("adflow", "adflow without numba", "floor")}
-        found = table.run(f"nfa/{label}", f"NFA tree of latents {label}", sides, 25)
+        found = table.run(f"nfa/{label}", f"NFA tree of latents {label}", sides, 25, threads=1)
         name = f"NFA tree, {label}: adflow / one sum of squares and one sort"
         table.bar(name, ratio(found, "adflow", "floor"), bound, at_most=True)
 
