@@ -250,10 +250,10 @@ class Calibration:
 
         The form and the 2 were chosen on the test images of two data sets (screw, magnetic tile) and three methods
         (U-Flow, CFLOW-AD, PaDiM), three false-alarm rates each. Tried there, and no better: growing down to the 0.1 %
-        pixel level (masks of strong defects bleed); a fixed share of the peak's height (0.7: 66 and 83 % of the oracle's
-        IoU on magnetic tile for CFLOW-AD and U-Flow at one false region, where this has 95 and 97 %); shares that fall
-        with a power or the logarithm of the height; one level for all that hangs together at the threshold; regions
-        ranked by their volume above a level instead of their peak.
+        pixel level (masks of strong defects bleed); a fixed share of the peak's height (0.7: 66 to 83 % of the oracle
+        IoU on magnetic tile at one false region, where this has 95 to 97 %); shares that fall with a power or the
+        logarithm of the height; one level for all that hangs together at the threshold; regions ranked by their volume
+        above a level instead of their peak.
         """
         peaks = np.asarray(peaks, dtype=np.float64)
         height = np.maximum(peaks - self.pixel_median, 0)
