@@ -12,10 +12,11 @@ from adflow.backbones import Backbone, PyramidBackbone
 from adflow.detector import Detector, FeatureDetector
 from adflow.errors import AdflowError, InputError, UsageError
 from adflow.methods import _flow_maps
+from adflow.methods._pooled_flow import PooledFlow, pool
 from adflow.methods._spatial import PositionWhitening
 from adflow.methods._whiten import leave_one_out
 from adflow.methods.csflow import CrossScaleBlock, CrossScaleFlow, CrossScaleNet, CSFlow, cross_scale_loss, mean_energy
-from adflow.methods.differnet import DifferNet, PooledFlow, gradient_map, pool, turn
+from adflow.methods.differnet import DifferNet, gradient_map, turn
 from adflow.methods.fastflow import FastFlow, conv_chain, flow_loss
 
 METHODS = (FastFlow, CSFlow, DifferNet)

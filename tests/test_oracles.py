@@ -863,7 +863,8 @@ def test_differnet_likelihood_gradients_inverse_scores_and_maps() -> None:
     import torch
     import torch.nn.functional as F
 
-    from adflow.methods.differnet import PooledFlow, gradient_map, pool, pooled_loss, turn
+    from adflow.methods._pooled_flow import PooledFlow, pool, pooled_loss
+    from adflow.methods.differnet import gradient_map, turn
 
     arrays, state = oracle("differnet"), weights("differnet")
     images = torch.from_numpy(arrays["images"]).requires_grad_(True)
