@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -194,24 +195,30 @@ def _answer(pipe: Connection, outcome: Outcome) -> None:
 
 
 def _work(pipe: Connection, make: Callable[..., Call], arguments: list[Any]) -> None:
-    """Prepare, then run whenever told to. Runs in the child."""
+    """Prepare, then run whenever told to. Runs in the child; its temporary files vanish with it."""
     try:
-        with _hush():
-            call = make(*arguments)
-        pipe.send({"base": _resident("VmRSS")})
-        while (word := pipe.recv()) != "stop":
-            _forget_peak()
-            with _hush():
-                cpu, began = _cpu(), time.perf_counter()
-                result = call()
-                seconds, used = time.perf_counter() - began, _cpu() - cpu
-            result = result or {}
-            answer = {"seconds": seconds, "cpu": used, "peak": _resident("VmHWM")}
-            # Where only a part of the call counts, the side measured it (see measured).
-            answer = {key: result.pop(key, value) for key, value in answer.items()}
-            pipe.send(answer | {"result": result, "measured": word == "run"})
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            tempfile.tempdir = folder
+            _serve(pipe, make, arguments)
     except BaseException:
         pipe.send({"error": traceback.format_exc()})
+
+
+def _serve(pipe: Connection, make: Callable[..., Call], arguments: list[Any]) -> None:
+    with _hush():
+        call = make(*arguments)
+    pipe.send({"base": _resident("VmRSS")})
+    while (word := pipe.recv()) != "stop":
+        _forget_peak()
+        with _hush():
+            cpu, began = _cpu(), time.perf_counter()
+            result = call()
+            seconds, used = time.perf_counter() - began, _cpu() - cpu
+        result = result or {}
+        # Where only a part of the call counts, the side measured it (see measured).
+        answer = {"seconds": seconds, "cpu": used, "peak": _resident("VmHWM")}
+        answer = {key: result.pop(key, value) for key, value in answer.items()}
+        pipe.send(answer | {"result": result, "measured": word == "run"})
 
 
 def _cpu() -> float:
