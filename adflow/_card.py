@@ -61,9 +61,7 @@ def model_card(
         "model-index": [
             {
                 "name": name,
-                "results": [
-                    {"task": task, "dataset": {"type": dataset, "name": dataset}, "metrics": results}
-                ],
+                "results": [{"task": task, "dataset": {"type": dataset, "name": dataset}, "metrics": results}],
             }
         ],
     }

@@ -156,18 +156,14 @@ def decode(raw: Mapping[str, Any]) -> Entries:
     """
     _fields(raw, "zoo.yaml", required=("version",), optional=KINDS)
     if raw["version"] != 1:
-        raise InputError(
-            f"zoo.yaml: version is {brief(raw['version'])}, expected 1", hint="Install a newer adflow."
-        )
+        raise InputError(f"zoo.yaml: version is {brief(raw['version'])}, expected 1", hint="Install a newer adflow.")
     datasets = {k: _dataset(k, v) for k, v in _named(raw, "datasets")}
     backbones = {k: _backbone(k, v) for k, v in _named(raw, "backbones")}
     detectors = {k: _detector(k, v) for k, v in _named(raw, "detectors")}
     for entry in backbones.values():
         for part in entry.parts:
             if part not in backbones:
-                raise InputError(
-                    f"zoo.yaml: backbones.{entry.name}.parts: '{part}' is no backbone of the catalogue"
-                )
+                raise InputError(f"zoo.yaml: backbones.{entry.name}.parts: '{part}' is no backbone of the catalogue")
     for detector in detectors.values():
         where = f"zoo.yaml: detectors.{detector.name}"
         if detector.backbone not in backbones:
@@ -283,9 +279,7 @@ def _file(raw: Any, where: str) -> File:
     if sha256 is not None and (len(sha256) != 64 or not _HEX.fullmatch(sha256)):
         raise InputError(f"{where}.sha256 is {brief(sha256)}, expected 64 lower-case hexadecimal digits or null")
     if starts is not None and (not 8 <= len(starts) < 64 or not _HEX.fullmatch(starts)):
-        raise InputError(
-            f"{where}.sha256_starts is {brief(starts)}, expected 8 to 63 lower-case hexadecimal digits"
-        )
+        raise InputError(f"{where}.sha256_starts is {brief(starts)}, expected 8 to 63 lower-case hexadecimal digits")
     sizes = {key: _maybe(raw, key, where, int) for key in ("bytes", "unpacked")}
     for key, size in sizes.items():
         if size is not None and size <= 0:
@@ -306,9 +300,7 @@ def _dataset(name: str, raw: Any) -> DatasetEntry:
     where = f"zoo.yaml: datasets.{name}"
     required = ("title", "paper", "licence", "layout", "archive", "folders", "classes")
     _fields(raw, where, required, ("see_also",))
-    folders = {
-        key: _texts(raw["folders"], key, f"{where}.folders") for key in _typed(raw, "folders", where, dict)
-    }
+    folders = {key: _texts(raw["folders"], key, f"{where}.folders") for key in _typed(raw, "folders", where, dict)}
     classes = {}
     for class_, value in _typed(raw, "classes", where, dict).items():
         inner = f"{where}.classes.{class_}"

@@ -46,9 +46,7 @@ class Grid:
     def rich(self) -> Group:
         """Return the table and its notes for a terminal."""
         # Titles and cells hold names of files and classes: Text keeps rich from reading [markup] in them.
-        table = Table(
-            box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold"
-        )
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
         for column, heading in enumerate(self.headings):
             number = column >= self.names
             table.add_column(

@@ -98,9 +98,7 @@ def worst(images: Sequence[ImageRecord], threshold: float | None, count: int = 6
         Indices: defective images by rising score, then good ones by falling score.
     """
     del threshold  # The order is the same for every threshold: misses are the defects with the lowest scores.
-    order = sorted(
-        (i for i in range(len(images)) if math.isfinite(images[i].score)), key=lambda i: images[i].score
-    )
+    order = sorted((i for i in range(len(images)) if math.isfinite(images[i].score)), key=lambda i: images[i].score)
     bad = [i for i in order if images[i].label == 1][:count]
     return bad + [i for i in reversed(order) if images[i].label == 0][:count]
 
@@ -131,9 +129,7 @@ def page(
     for cell, part in zip(cells, parts, strict=True):
         targets.setdefault((cell.dataset, cell.class_, cell.method, cell.backbone), part["id"])
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(
-        resources.files("adflow").joinpath("report.html.j2").read_text(encoding="utf-8")
-    )
+    template = environment.from_string(resources.files("adflow").joinpath("report.html.j2").read_text(encoding="utf-8"))
     facts = {str(key): plain(value) for key, value in provenance.items()}
     command = facts.pop("command", None)
     return template.render(
@@ -270,17 +266,9 @@ def _galleries(cell: Cell, room: int) -> tuple[list[dict[str, Any]], int]:
         if image.picture is not None:
             alarm = image.score >= threshold
             if image.label == 1:
-                name = (
-                    ("Defects found, the closest calls first" if alarm else "Worst misses")
-                    if judged
-                    else "Defects"
-                )
+                name = ("Defects found, the closest calls first" if alarm else "Worst misses") if judged else "Defects"
             elif image.label == 0:
-                name = (
-                    ("Worst false alarms" if alarm else "Good images, the closest calls first")
-                    if judged
-                    else "Good"
-                )
+                name = ("Worst false alarms" if alarm else "Good images, the closest calls first") if judged else "Good"
             else:
                 name = UNLABELLED
             groups.setdefault(name, []).append(image)

@@ -156,9 +156,7 @@ def from_package(file: File, source: Source) -> Path:
     """Return the file inside an installed package, found without importing the package."""
     spec = util.find_spec(source.module or "")
     folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    path = next(
-        (folder / (source.path or "") for folder in folders if (folder / (source.path or "")).is_file()), None
-    )
+    path = next((folder / (source.path or "") for folder in folders if (folder / (source.path or "")).is_file()), None)
     if path is None:
         raise UnavailableError(
             f"{file.name} comes inside the package {source.package}, which is not installed",

@@ -158,9 +158,7 @@ def _check(header: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def load_detector(
-    path: Path | str, *, device: torch.device | str = "cpu", weights: Path | None = None
-) -> Detector:
+def load_detector(path: Path | str, *, device: torch.device | str = "cpu", weights: Path | None = None) -> Detector:
     """Load a fitted detector.
 
     Args:

@@ -156,11 +156,7 @@ def _download(file: File, cache: Path, patience: Patience, progress: Progress | 
     here = _store.length(part)
     if not here:
         shutil.rmtree(part.parent, ignore_errors=True)
-    kept = (
-        f" The {_store.size_text(here)} that came are kept: the same command goes on from there."
-        if here
-        else ""
-    )
+    kept = f" The {_store.size_text(here)} that came are kept: the same command goes on from there." if here else ""
     raise UnavailableError(
         f"cannot get {file.name}: {'; '.join(reasons)}",
         hint=f"Try again later, or bring it with --from FILE.{kept}",
@@ -180,9 +176,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _get(
-    url: str, part: Path, size: int | None, same: bool, patience: Patience, progress: Progress | None
-) -> bool:
+def _get(url: str, part: Path, size: int | None, same: bool, patience: Patience, progress: Progress | None) -> bool:
     """Bring ``part`` up to the whole content of ``url``, starting after the bytes it already holds.
 
     Args:
@@ -215,9 +209,7 @@ def _get(
         time.sleep(min(patience.longest, max(pause, failure.wait or 0.0)))
 
 
-def _request(
-    url: str, part: Path, size: int | None, same: bool, timeout: float, progress: Progress | None
-) -> None:
+def _request(url: str, part: Path, size: int | None, same: bool, timeout: float, progress: Progress | None) -> None:
     """Make one request and write what it brings."""
     memo = _store.memo(part)
     mine = memo.get("url") == url
@@ -288,11 +280,7 @@ def _copy(answer: Any, part: Path, have: int, whole: int | None, progress: Progr
 
 def _reason(error: Exception, timeout: float) -> str:
     inner = getattr(error, "reason", error)
-    return (
-        f"stalled for {timeout:g} s"
-        if isinstance(inner, TimeoutError)
-        else str(inner) or type(inner).__name__
-    )
+    return f"stalled for {timeout:g} s" if isinstance(inner, TimeoutError) else str(inner) or type(inner).__name__
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -322,9 +310,7 @@ def _hub(what: str) -> Iterator[Any]:
     try:
         yield huggingface_hub
     except errors.GatedRepoError as error:
-        raise _SourceError(
-            f"{what} asks you to accept its terms on its page, and for a token (HF_TOKEN)"
-        ) from error
+        raise _SourceError(f"{what} asks you to accept its terms on its page, and for a token (HF_TOKEN)") from error
     except errors.RepositoryNotFoundError as error:
         raise _SourceError(f"{what} does not exist, or is private and needs a token (HF_TOKEN)") from error
     except errors.RevisionNotFoundError as error:
@@ -398,9 +384,7 @@ def pull_detector(
     """
     source = Source(hub=repo_id, type="model", revision=revision, path=name)
     if offline(no_network):
-        raise UnavailableError(
-            f"{source} is not fetched: the network is off limits", hint="Run without --offline."
-        )
+        raise UnavailableError(f"{source} is not fetched: the network is off limits", hint="Run without --offline.")
     cache = cache if cache is not None else home()
     file = File(name, (source,), sha256)
     with lock(cache / "locks" / f"{_store.key(file)}.lock"):
@@ -417,9 +401,7 @@ def pull_detector(
         return _store.keep(part, dataclasses.replace(file, sha256=found), found, str(source), cache)
 
 
-def push_detector(
-    file: Path, repo_id: str, card: str, *, token: str | None = None, private: bool = False
-) -> str:
+def push_detector(file: Path, repo_id: str, card: str, *, token: str | None = None, private: bool = False) -> str:
     """Write a detector and its model card to the hub repository ``repo_id``; make it if it is not there.
 
     Args:
@@ -436,9 +418,7 @@ def push_detector(
         UnavailableError: no token, no right, no network.
     """
     if offline():
-        raise UnavailableError(
-            "publishing needs the network, which is off limits", hint="Unset ADFLOW_OFFLINE."
-        )
+        raise UnavailableError("publishing needs the network, which is off limits", hint="Unset ADFLOW_OFFLINE.")
     try:
         with _hub(repo_id) as hub:
             token = token or os.environ.get("HF_TOKEN") or hub.get_token()
@@ -447,9 +427,7 @@ def push_detector(
                     f"publishing to {repo_id} needs a token of the hub, none was found",
                     hint="Set HF_TOKEN, or run `hf auth login`.",
                 )
-            api = hub.HfApi(
-                endpoint=endpoint(), token=token, library_name="adflow", library_version=__version__
-            )
+            api = hub.HfApi(endpoint=endpoint(), token=token, library_name="adflow", library_version=__version__)
             api.create_repo(repo_id, private=private, exist_ok=True)
             add = hub.CommitOperationAdd
             done = api.create_commit(

@@ -35,9 +35,7 @@ UNIT_SCALE = 2.0 * math.log(math.expm1(5.0))
 
 def linear_layer(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
     """Return ``nn.Linear`` with torch's default initialisation, drawn from ``generator``."""
-    layer = nn.Linear(inputs, outputs, device="meta").to_empty(
-        device="cpu"
-    )  # no draw from the global generator
+    layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")  # no draw from the global generator
     _initialise(layer, inputs, generator)
     return layer
 
@@ -76,9 +74,7 @@ def linear_subnet(
 
     def build(inputs: int, outputs: int) -> nn.Module:
         middle = int(inputs * width) if hidden is None else hidden
-        return _two_layers(
-            linear_layer(inputs, middle, generator), linear_layer(middle, outputs, generator), zero_init
-        )
+        return _two_layers(linear_layer(inputs, middle, generator), linear_layer(middle, outputs, generator), zero_init)
 
     return build
 
@@ -374,9 +370,7 @@ def positional_encoding(channels: int, height: int, width: int) -> Tensor:
     https://arxiv.org/abs/1908.11415; used by CFLOW-AD (WACV 2022, section 4) and PEFM.
     """
     if channels % 4 or channels <= 0:
-        raise UsageError(
-            f"the positional encoding has {channels} channels; expected a positive multiple of 4"
-        )
+        raise UsageError(f"the positional encoding has {channels} channels; expected a positive multiple of 4")
     half = channels // 2
     rates = torch.exp(torch.arange(0, half, 2, dtype=torch.float64) * (-math.log(10000.0) / half))
     code = torch.empty(channels, height, width, dtype=torch.float64)
@@ -408,9 +402,7 @@ class FusedChain:
         dtype: of the matrix products; everything else stays in the weights' own precision.
     """
 
-    def __init__(
-        self, flow: SequenceINN, condition: Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, flow: SequenceINN, condition: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
         self._steps: list[tuple[AllInOneBlock, list[Tensor]]] = []
         self._constant = 0.0  # sum of the logs of all global scales
         with torch.no_grad():

@@ -101,9 +101,7 @@ def read_image(path: Path | str, at_least: Size | None = None, max_pixels: int =
     return _decode(path, _rgb, at_least, max_pixels)
 
 
-def read_mask(
-    path: Path | str, index: int | None = None, max_pixels: int = MAX_PIXELS
-) -> npt.NDArray[np.bool_]:
+def read_mask(path: Path | str, index: int | None = None, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.bool_]:
     """Read a ground-truth mask: True where the defect is.
 
     An image is turned to grey (transparent = not a defect) and thresholded at > 127 of 255. A losslessly
@@ -196,9 +194,7 @@ def mask_to(mask: Array, size: Size, keep_aspect: bool = False) -> npt.NDArray[n
         [height, width] bool.
     """
     box = fitted(mask.shape[:2], size, keep_aspect)
-    area = Image.fromarray(np.asarray(mask, dtype=np.float32)).resize(
-        (box.width, box.height), Image.Resampling.BOX
-    )
+    area = Image.fromarray(np.asarray(mask, dtype=np.float32)).resize((box.width, box.height), Image.Resampling.BOX)
     # Weights such as 1/6 are rounded to float32: an exact half may come out a few 1e-7 below 0.5.
     inside = np.asarray(area) >= 0.5 - 1e-5
     return np.pad(inside, _borders(box, size), mode="constant", constant_values=False)
@@ -271,9 +267,7 @@ def upsample(maps: Tensor, size: Size, sigma: float, matrices: tuple[Tensor, Ten
         return torch.stack([rows @ one.clone(memory_format=torch.contiguous_format) @ columns.mT for one in maps])
 
 
-def upsample_matrices(
-    grid: Size, size: Size, sigma: float, like: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def upsample_matrices(grid: Size, size: Size, sigma: float, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return R [H, h] and C [W, w] of :func:`upsample`, on the device and in the type of ``like``."""
     import torch
 
@@ -329,9 +323,7 @@ def _decode(
         raise InputError(f"cannot read {show(path)}: {reason}") from error
     except Exception as error:
         # Pillow's decoders let through whatever their parsers met: struct.error, SyntaxError, zlib.error...
-        raise InputError(
-            f"cannot read {show(path)}: damaged image ({type(error).__name__}: {error})"
-        ) from error
+        raise InputError(f"cannot read {show(path)}: damaged image ({type(error).__name__}: {error})") from error
 
 
 def _two_colours(path: Path, image: Image.Image) -> Image.Image:
@@ -405,9 +397,7 @@ def _npy_mask(path: Path, index: int | None) -> npt.NDArray[np.bool_]:
     if stack.ndim == 2 and index is None:
         return np.asarray(stack != 0)
     asked = "no frame number" if index is None else f"frame {index}"
-    raise InputError(
-        f"{show(path)} is an array of shape {stack.shape}: {asked} given, expected [T, H, W] and 0..T-1"
-    )
+    raise InputError(f"{show(path)} is an array of shape {stack.shape}: {asked} given, expected [T, H, W] and 0..T-1")
 
 
 def _borders(box: Box, size: Size) -> list[tuple[int, int]]:
@@ -439,9 +429,7 @@ def _smooth(length: int, sigma: float) -> npt.NDArray[np.float64]:
     reach = int(4 * sigma + 0.5)  # the tail beyond 4 sigma weighs 6e-5
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     kernel /= kernel.sum()
-    source = (
-        np.pad(np.arange(length), reach, mode="symmetric") if length > 1 else np.zeros(2 * reach + 1, np.intp)
-    )
+    source = np.pad(np.arange(length), reach, mode="symmetric") if length > 1 else np.zeros(2 * reach + 1, np.intp)
     matrix = np.zeros((length, length))
     for offset, weight in enumerate(kernel):
         np.add.at(matrix, (np.arange(length), source[offset : offset + length]), weight)

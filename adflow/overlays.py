@@ -432,9 +432,7 @@ def _verdict(
         _text(draw, (width - em / 2, middle), words, font, PAPER, "rm", width - left - em / 2)
 
 
-def _sample(
-    draw: ImageDraw.ImageDraw, at: tuple[float, float], em: int, colour: Colour, dashed: bool
-) -> None:
+def _sample(draw: ImageDraw.ImageDraw, at: tuple[float, float], em: int, colour: Colour, dashed: bool) -> None:
     """Draw a piece of a contour for the legend."""
     x, y = at
     thick = max(2, em // 6)

@@ -32,9 +32,8 @@ class Block:
         source: paper, table, URL.
         official: printed by the method's own paper or repository; else quoted or re-run by somebody else.
         values: fractions, data set -> metric -> class; "average" is the printed average.
-        selected_on_test: metric -> how its numbers were chosen by looking at the test set. A metric that is
-        not
-            here was not, or the source does not say.
+        selected_on_test: metric -> how its numbers were chosen by looking at the test set. A metric that is not here
+            was not, or the source does not say.
         std: as `values`: the printed standard deviations over runs.
         backbone: the backbone, None where the source does not say.
         size: input size in px, as printed.
@@ -115,9 +114,7 @@ def block(name: str) -> Block:
         near = difflib.get_close_matches(name, tables, n=3)
         guess = f"did you mean {' or '.join(near)}? " if near else ""
         papers = ", ".join(known for known in tables if known.endswith("-paper"))
-        raise UsageError(
-            f"no published results '{name}'; {guess}Papers: {papers}; {len(tables)} blocks in all"
-        )
+        raise UsageError(f"no published results '{name}'; {guess}Papers: {papers}; {len(tables)} blocks in all")
     return _block(name, tables[name])
 
 

@@ -221,9 +221,7 @@ class Report:
                 frame[name] = ""
             if name != "seed":
                 frame[name] = frame[name].map(_words)
-        frame["seed"] = frame["seed"].map(
-            lambda value: -1 if value in (None, "") or value != value else value
-        )
+        frame["seed"] = frame["seed"].map(lambda value: -1 if value in (None, "") or value != value else value)
         if "error" not in frame:
             frame["error"] = ""
         frame["error"] = frame["error"].map(_words)
@@ -242,9 +240,7 @@ class Report:
         if len(last) == 1:
             return self._mean(last.iloc[0])
         varying = [name for name in CONFIG if last[name].nunique() > 1 or name == "method"]
-        return {
-            "/".join(str(line[name]) for name in varying): self._mean(line) for _, line in last.iterrows()
-        }
+        return {"/".join(str(line[name]) for name in varying): self._mean(line) for _, line in last.iterrows()}
 
     def _mean(self, line: pd.Series[Any]) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -293,8 +289,7 @@ class Report:
         """
         by_class = self.by_class()
         links = [
-            (line["dataset"], line["class"], line["method"], line["backbone"])
-            for line in by_class.to_dict("records")
+            (line["dataset"], line["class"], line["method"], line["backbone"]) for line in by_class.to_dict("records")
         ]
         return page(self.grid(), links, cells, self.provenance, comparison.grid() if comparison else None)
 
@@ -316,8 +311,7 @@ def _grid(report: Report, width: int | None) -> Grid:
     names = ["class", *(name for name in CONFIG if many[name])]
     sets = by_class["dataset"] if many["dataset"] else pd.Series([""] * len(by_class))
     first = [
-        f"{dataset}/{class_}" if dataset else class_
-        for dataset, class_ in zip(sets, by_class["class"], strict=True)
+        f"{dataset}/{class_}" if dataset else class_ for dataset, class_ in zip(sets, by_class["class"], strict=True)
     ]
     columns: list[tuple[str, list[str]]] = []
 
@@ -352,9 +346,7 @@ def _grid(report: Report, width: int | None) -> Grid:
             used += widest([heading, *cells]) + 2
             notes_for.append(metric)
     for count, heading in COUNTS.items():
-        cells = [
-            MISSING if line[count] != line[count] else f"{line[count]:.4g}" for _, line in by_class.iterrows()
-        ]
+        cells = [MISSING if line[count] != line[count] else f"{line[count]:.4g}" for _, line in by_class.iterrows()]
         cells += [""] * len(means)
         if width is not None:
             heading = heading.replace(" ", "\n")
@@ -410,12 +402,10 @@ class Comparison:
 
     Attributes:
         block: the published results.
-        frame: one line per run, data set, class and metric that both sides have: ``run``, ``dataset``,
-        ``class``,
-            ``metric``, ``published``, ``ours``, ``difference`` (ours - published; fractions),
-            ``selected_on_test``. Lines of class "mean of N" average both sides over the same N classes; lines
-            of class "average" hold the printed average, beside ours only where ours covers the whole data
-            set.
+        frame: one line per run, data set, class and metric that both sides have: ``run``, ``dataset``, ``class``,
+            ``metric``, ``published``, ``ours``, ``difference`` (ours - published; fractions), ``selected_on_test``.
+            Lines of class "mean of N" average both sides over the same N classes; lines of class "average" hold the
+            printed average, beside ours only where ours covers the whole data set.
     """
 
     block: published.Block
@@ -504,9 +494,7 @@ def compare(rows: Sequence[Row] | Report, block: str = "cflow-paper") -> Compari
         runs.setdefault((run, line["dataset"]), []).append({str(key): value for key, value in line.items()})
     whole_set = {dataset: published.classes_of(dataset) for _, dataset in runs}
     for (run, dataset), cells in runs.items():
-        for metric in (
-            name for name in METRICS if name in cells[0] and name in known.values.get(dataset, {})
-        ):
+        for metric in (name for name in METRICS if name in cells[0] and name in known.values.get(dataset, {})):
             selected = metric in known.selected_on_test
             fixed = {"run": run, "dataset": dataset, "metric": metric, "selected_on_test": selected}
             pairs = []
@@ -517,9 +505,7 @@ def compare(rows: Sequence[Row] | Report, block: str = "cflow-paper") -> Compari
                     pairs += [(theirs, value)] if value == value else []
             if pairs:
                 theirs, value = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
-                closing.append(
-                    {**fixed, "class": f"mean of {len(pairs)}", "published": theirs, "ours": value}
-                )
+                closing.append({**fixed, "class": f"mean of {len(pairs)}", "published": theirs, "ours": value})
             printed = known.value(dataset, metric, "average")
             if printed is not None:
                 defined = {cell["class"]: cell[metric] for cell in cells if cell[metric] == cell[metric]}

@@ -64,9 +64,7 @@ _NODES = 100_000
 def home() -> Path:
     """Return the cache folder: ``ADFLOW_HOME``, else the user's cache folder of this system."""
     chosen = os.environ.get("ADFLOW_HOME")
-    return (
-        Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("adflow", appauthor=False))
-    )
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("adflow", appauthor=False))
 
 
 def data_folder(name: str, root: Path | None = None) -> Path:

@@ -153,9 +153,7 @@ def _write_avi(path: Path, frames: list[np.ndarray]) -> None:
             container.mux(packet)
 
 
-def make_lgg(
-    folder: Path, patients: int = 5, slices: int = 9, shape: Shape = (64, 64), nested: bool = True
-) -> Path:
+def make_lgg(folder: Path, patients: int = 5, slices: int = 9, shape: Shape = (64, 64), nested: bool = True) -> Path:
     """Write LGG-MRI: slices 4 to 6 of a patient show a tumour, the first is nearly black; all of it twice."""
     generator = np.random.default_rng(4)
     for inner in ("kaggle_3m", *(["lgg-mri-segmentation/kaggle_3m"] if nested else [])):

@@ -162,9 +162,7 @@ class Repo:
 
     def commit(self, files: dict[str, bytes]) -> str:
         whole = {**(self.commits[-1][1] if self.commits else {}), **files}
-        text = json.dumps(
-            [len(self.commits), sorted((k, hashlib.sha1(v).hexdigest()) for k, v in whole.items())]
-        )
+        text = json.dumps([len(self.commits), sorted((k, hashlib.sha1(v).hexdigest()) for k, v in whole.items())])
         oid = hashlib.sha1(text.encode()).hexdigest()
         self.commits.append((oid, whole))
         return oid

@@ -361,9 +361,7 @@ def test_fused_convolutions_equal_their_plain_twins(
         image = noise(2, 8, *size).to(dtype).contiguous(memory_format=torch.channels_last)
         wanted = ACTIVATIONS[act](conv(image.float()))
         # Sums of at most 72 terms of order 1 in another order; bfloat16 rounds weights and result to 2^-9.
-        torch.testing.assert_close(
-            fused(image).float(), wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05
-        )
+        torch.testing.assert_close(fused(image).float(), wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
         again = copy.deepcopy(fused)
         assert torch.equal(again(image), fused(image))
 

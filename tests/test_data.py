@@ -101,9 +101,7 @@ def test_masks_are_found_by_stem(tmp_path: Path, mask: str) -> None:
 def test_a_defective_image_without_mask_is_named(tmp_path: Path) -> None:
     root = make_class(tmp_path / "a")
     (root / "ground_truth/scratch/001_mask.png").unlink()
-    with pytest.raises(
-        InputError, match=r"test/scratch/001\.png is defective and has no mask; expected one 001_mask"
-    ):
+    with pytest.raises(InputError, match=r"test/scratch/001\.png is defective and has no mask; expected one 001_mask"):
         open_data(root)
 
 
@@ -113,9 +111,7 @@ def test_a_mask_without_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"mask .*007_mask\.png belongs to no image in .*scratch"):
         open_data(root)
     (root / "ground_truth/scratch/007_mask.png").rename(root / "ground_truth/scratch/001.png")
-    with pytest.raises(
-        InputError, match=r"001\.png is defective and has more than one mask: 001\.png, 001_mask\.png"
-    ):
+    with pytest.raises(InputError, match=r"001\.png is defective and has more than one mask: 001\.png, 001_mask\.png"):
         open_data(root)
 
 
@@ -128,9 +124,7 @@ def test_masks_of_an_unknown_kind_and_a_kind_without_masks(tmp_path: Path) -> No
     open_data(root)
     (root / "ground_truth/crack/000_mask.png").unlink()
     (root / "ground_truth/crack").rmdir()
-    with pytest.raises(
-        InputError, match=r"crack/000\.png is defective, but there is no folder .*ground_truth/crack"
-    ):
+    with pytest.raises(InputError, match=r"crack/000\.png is defective, but there is no folder .*ground_truth/crack"):
         open_data(root)
 
 
@@ -307,9 +301,7 @@ def test_links_that_loop_end_and_count_once(tmp_path: Path) -> None:
     assert [path.relative_to(root).as_posix() for path in list_images(root)] == ["a/0.png", "b/1.png"]
 
 
-@pytest.mark.parametrize(
-    "name", ["with space", "quo'te\"s", "new\nline", "ünïcødé 图像", "100%", "a;b&c", "-dash"]
-)
+@pytest.mark.parametrize("name", ["with space", "quo'te\"s", "new\nline", "ünïcødé 图像", "100%", "a;b&c", "-dash"])
 def test_odd_names(tmp_path: Path, name: str) -> None:
     root = make_class(tmp_path / name / name)
     picture(root / f"train/good/{name}.png")
@@ -382,9 +374,7 @@ def test_a_path_that_exists_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_known_but_absent_data_names_the_command_that_gets_it(tmp_path: Path) -> None:
     for spec in ("mvtec/cable", "mvtec"):
-        with pytest.raises(
-            UnavailableError, match=f"data set {spec} is not here; looked in .*cache"
-        ) as caught:
+        with pytest.raises(UnavailableError, match=f"data set {spec} is not here; looked in .*cache") as caught:
             open_data(spec)
         assert f"adflow download {spec}" in (caught.value.hint or "")
 

@@ -72,9 +72,7 @@ def test_inverse_and_log_determinant(name: str) -> None:
     back, inverse_logdet = flow(z, rev=True)
     # float64 rounding of a few dozen operations on values of order 1
     torch.testing.assert_close(back, x, rtol=0, atol=1e-12)
-    logdet, inverse_logdet = (
-        torch.as_tensor(v, dtype=torch.float64).expand(3) for v in (logdet, inverse_logdet)
-    )
+    logdet, inverse_logdet = (torch.as_tensor(v, dtype=torch.float64).expand(3) for v in (logdet, inverse_logdet))
     torch.testing.assert_close(inverse_logdet, -logdet, rtol=0, atol=1e-12)
     for i in range(3):
         torch.testing.assert_close(logdet[i], autograd_logdet(flow, x[i]), rtol=0, atol=1e-11)
@@ -82,9 +80,7 @@ def test_inverse_and_log_determinant(name: str) -> None:
 
 @pytest.mark.parametrize("permutation", ["hard", "soft"])
 def test_conditional_chain_inverse_and_log_determinant(permutation: flows.Permutation) -> None:
-    flow = flows.chain(
-        6, 3, condition=4, subnet=LINEAR, clamp=1.9, permutation=permutation, generator=seeded(5)
-    )
+    flow = flows.chain(6, 3, condition=4, subnet=LINEAR, clamp=1.9, permutation=permutation, generator=seeded(5))
     stirred(flow)
     x = torch.randn(4, 6, generator=seeded(3), dtype=torch.float64)
     c = torch.randn(4, 4, generator=seeded(4), dtype=torch.float64)
@@ -107,9 +103,7 @@ def test_graph_with_split_and_upsampling() -> None:
     last = Node(joined, flows.AllInOneBlock, options)
     nodes = [coarse, fine, stage, split, up, joined, last, OutputNode(last), OutputNode(split.out1)]
     flow = stirred(GraphINN(nodes))
-    xs = [
-        torch.randn(2, *shape, generator=seeded(3), dtype=torch.float64) for shape in [(12, 2, 2), (3, 4, 4)]
-    ]
+    xs = [torch.randn(2, *shape, generator=seeded(3), dtype=torch.float64) for shape in [(12, 2, 2), (3, 4, 4)]]
     zs, logdet = flow(xs)
     back, inverse_logdet = flow(zs, rev=True)
     for x, b in zip(xs, back, strict=True):
@@ -169,9 +163,7 @@ def test_equals_freia_and_loads_its_weights(soft: bool, shape: tuple[int, ...]) 
     def subnet(inputs: int, outputs: int) -> nn.Module:
         if len(shape) == 1:
             return nn.Sequential(nn.Linear(inputs, 2 * inputs), nn.ReLU(), nn.Linear(2 * inputs, outputs))
-        return nn.Sequential(
-            nn.Conv2d(inputs, inputs, 3, padding=1), nn.ReLU(), nn.Conv2d(inputs, outputs, 1)
-        )
+        return nn.Sequential(nn.Conv2d(inputs, inputs, 3, padding=1), nn.ReLU(), nn.Conv2d(inputs, outputs, 1))
 
     theirs, ours = SequenceINN(*shape), SequenceINN(*shape)
     for _ in range(2):
@@ -213,9 +205,7 @@ def test_load_original_says_what_does_not_fit() -> None:
 @pytest.mark.parametrize("permutation", ["hard", "soft"])
 @pytest.mark.parametrize("condition", [0, 8])
 @pytest.mark.parametrize("mode", ["tanh", "tanh_scaled"])
-def test_fused_pass_equals_freia(
-    permutation: flows.Permutation, condition: int, mode: flows.ClampMode
-) -> None:
+def test_fused_pass_equals_freia(permutation: flows.Permutation, condition: int, mode: flows.ClampMode) -> None:
     flow = flows.chain(
         9,
         3,
@@ -237,9 +227,7 @@ def test_fused_pass_equals_freia(
     flow.float()
     fused = flows.FusedChain(flow, None if c is None else c.float())
     # float32 rounding (6e-8) of three blocks of sums over <= 34 terms, on values of order 100
-    torch.testing.assert_close(
-        flows.log_likelihood(*fused(x.float())).double(), likelihood, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(flows.log_likelihood(*fused(x.float())).double(), likelihood, rtol=1e-5, atol=1e-5)
 
 
 def test_fused_refuses_what_it_cannot_do() -> None:

@@ -171,8 +171,7 @@ def test_leaving_out_is_fitting_without(shrinkage: float) -> None:
     mean, inverse = model(vectors)
     estimated = leave_one_out(mahalanobis(vectors, mean, inverse), n, 1 - shrinkage)[:, 0]
     exact = [
-        float(mahalanobis(vectors[i : i + 1], *model(torch.cat([vectors[:i], vectors[i + 1 :]]))))
-        for i in range(n)
+        float(mahalanobis(vectors[i : i + 1], *model(torch.cat([vectors[:i], vectors[i + 1 :]])))) for i in range(n)
     ]
     # The formula leaves out the factor (n - 1) / (n - 2) of the others' covariance.
     np.testing.assert_allclose(estimated, exact, rtol=1.5 / n)
@@ -218,8 +217,7 @@ def test_padim_of_the_paper_by_definition(tiny_backbone: Backbone) -> None:
     detector = fitted(PaDiM(tiny_backbone, **{**recipe, "channels": 5}), pyramid())
     assert len(set(detector.channels_.tolist())) == 5 and detector.grid_ == (8, 6)
     both = [
-        torch.cat([f, t.repeat_interleave(2, 2).repeat_interleave(2, 3)], dim=1)
-        for f, t in (pyramid(), pyramid(7))
+        torch.cat([f, t.repeat_interleave(2, 2).repeat_interleave(2, 3)], dim=1) for f, t in (pyramid(), pyramid(7))
     ]
     train, test = (x[:, detector.channels_].double() for x in both)
     found = detector.score_features(pyramid(7))
@@ -262,9 +260,7 @@ def test_patchcore_reweights_as_equation_7(tiny_backbone: Backbone) -> None:
     np.testing.assert_allclose(best, plain.score_features(test).amax(dim=(1, 2)), rtol=1e-6)
 
 
-def test_patchcore_in_little_memory_chooses_in_parts(
-    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_patchcore_in_little_memory_chooses_in_parts(tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fitted(PatchCore(tiny_backbone, coreset="20"), pyramid())
     monkeypatch.setattr("adflow.methods.patchcore._HELD", 1)
     parts = fitted(PatchCore(tiny_backbone, coreset="20"), pyramid())
@@ -288,8 +284,7 @@ def test_spade_by_definition(levels: str, kappa: int, tiny_backbone: Backbone) -
     np.testing.assert_allclose(scores, near.values.mean(dim=1), rtol=1e-4)
     if levels == "joined":
         queries, gallery = (
-            [torch.cat([f[0], f[1].repeat_interleave(2, 2).repeat_interleave(2, 3)], dim=1)]
-            for f in (test, taps)
+            [torch.cat([f[0], f[1].repeat_interleave(2, 2).repeat_interleave(2, 3)], dim=1)] for f in (test, taps)
         )
     else:
         queries, gallery = test[:-1], taps[:-1]
@@ -386,9 +381,7 @@ def test_a_limit_with_room_changes_nothing(make: Any, tiny_backbone: Backbone) -
         (Local, {"coreset": "many"}),
     ],
 )
-def test_what_cannot_be_is_a_clear_error(
-    make: Any, settings: dict[str, Any], tiny_backbone: Backbone
-) -> None:
+def test_what_cannot_be_is_a_clear_error(make: Any, settings: dict[str, Any], tiny_backbone: Backbone) -> None:
     with pytest.raises(UsageError):
         make(tiny_backbone, **settings)
 

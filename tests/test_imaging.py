@@ -183,9 +183,7 @@ def test_big_endian_sixteen_bits(tmp_path: Path) -> None:
 
 def test_floating_point_images_must_lie_in_zero_to_one(tmp_path: Path) -> None:
     values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
-    np.testing.assert_array_equal(
-        read_image(save(tmp_path / "a.tif", Image.fromarray(values)))[..., 0], values
-    )
+    np.testing.assert_array_equal(read_image(save(tmp_path / "a.tif", Image.fromarray(values)))[..., 0], values)
     for name, bad in (("high", values * 300), ("low", values - 0.5), ("nan", values * np.nan)):
         path = save(tmp_path / f"{name}.tif", Image.fromarray(bad.astype(np.float32)))
         with pytest.raises(InputError, match=rf"{name}\.tif: floating-point values from .* expected 0 to 1"):
@@ -194,17 +192,13 @@ def test_floating_point_images_must_lie_in_zero_to_one(tmp_path: Path) -> None:
 
 def test_integers_beyond_sixteen_bits_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "deep.tif", Image.fromarray(np.full((3, 4), 70000, np.int32)))
-    with pytest.raises(
-        InputError, match=r"deep\.tif: integer values from 70000 to 70000, expected 0 to 65535"
-    ):
+    with pytest.raises(InputError, match=r"deep\.tif: integer values from 70000 to 70000, expected 0 to 65535"):
         read_image(path)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_exif_rotation_is_applied_to_image_size_and_mask(
-    tmp_path: Path, orientation: int, suffix: str
-) -> None:
+def test_exif_rotation_is_applied_to_image_size_and_mask(tmp_path: Path, orientation: int, suffix: str) -> None:
     upright = scene()
     # How each orientation stores an upright picture (EXIF 2.32, tag 0x0112): what readers apply, inverted.
     stored = {
@@ -259,10 +253,7 @@ def lying_png(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
-        + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
     )
 
 
@@ -328,9 +319,7 @@ def test_damaged_files_give_a_picture_or_one_clear_error(tmp_path: Path, data: s
     for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=6)):
         content[place] = data.draw(st.integers(0, 255))
     path = tmp_path / "a.png"
-    path.write_bytes(
-        content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
-    )
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
     try:
         # The limit keeps headers that lie from costing memory here.
         image = read_image(path, max_pixels=1_000_000)
@@ -381,9 +370,7 @@ def test_black_and_white_bitmaps_of_any_depth(tmp_path: Path) -> None:
     )
     head = struct.pack("<IiiHHIIiiII", 40, 9, 5, 1, 4, 0, len(rows), 0, 0, 2, 2) + b"\0\0\0\0\xff\xff\xff\0"
     four = tmp_path / "four.bmp"
-    four.write_bytes(
-        struct.pack("<2sIHHI", b"BM", 14 + len(head) + len(rows), 0, 0, 14 + len(head)) + head + rows
-    )
+    four.write_bytes(struct.pack("<2sIHHI", b"BM", 14 + len(head) + len(rows), 0, 0, 14 + len(head)) + head + rows)
     for path in (eight, one, four):
         np.testing.assert_array_equal(read_mask(path), wanted, err_msg=path.name)
         np.testing.assert_array_equal(read_image(path), np.where(wanted, 255, 0)[..., None].repeat(3, 2))
@@ -494,9 +481,7 @@ def test_restore_is_bilinear_on_half_pixel_centres() -> None:
     rng = np.random.default_rng(0)
     small = rng.random((13, 17), dtype=np.float32)
     ours = restore(small, Box(0, 0, 13, 17), (40, 61))
-    theirs = F.interpolate(
-        torch.from_numpy(small)[None, None], (40, 61), mode="bilinear", align_corners=False
-    )
+    theirs = F.interpolate(torch.from_numpy(small)[None, None], (40, 61), mode="bilinear", align_corners=False)
     np.testing.assert_allclose(ours, theirs[0, 0].numpy(), atol=1e-6)  # a few roundings of numbers below 1
     assert ours.dtype == np.float32
 
@@ -507,9 +492,7 @@ def test_restore_cuts_the_box_and_keeps_labels() -> None:
     back = restore(labels, Box(2, 3, 4, 4), (8, 12), order=0)
     assert back.dtype == np.int32
     np.testing.assert_array_equal(back, np.kron(np.arange(16).reshape(4, 4), np.ones((2, 3), int)))
-    np.testing.assert_array_equal(
-        restore(back, Box(0, 0, 8, 12), (4, 4), order=0), np.arange(16).reshape(4, 4)
-    )
+    np.testing.assert_array_equal(restore(back, Box(0, 0, 8, 12), (4, 4), order=0), np.arange(16).reshape(4, 4))
 
 
 @pytest.mark.parametrize("have", [(100, 50), (33, 90), (64, 64)])
@@ -546,9 +529,7 @@ def reference(maps: torch.Tensor, size: tuple[int, int], sigma: float) -> torch.
         ((31, 7), (40, 33), 0.6),
     ],
 )
-def test_upsample_equals_interpolation_and_gaussian(
-    grid: tuple[int, int], size: tuple[int, int], sigma: float
-) -> None:
+def test_upsample_equals_interpolation_and_gaussian(grid: tuple[int, int], size: tuple[int, int], sigma: float) -> None:
     maps = torch.rand(3, *grid, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = reference(maps, size, sigma)
     # In double precision only roundings of 1e-16 remain; in single, of 6e-8 over sums of some 60 terms.

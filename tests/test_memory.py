@@ -92,9 +92,7 @@ def test_an_empty_bank_is_an_error() -> None:
 # Local neighbours
 
 
-def local_by_loops(
-    patches: torch.Tensor, bank: torch.Tensor, grid: tuple[int, int], radius: int
-) -> torch.Tensor:
+def local_by_loops(patches: torch.Tensor, bank: torch.Tensor, grid: tuple[int, int], radius: int) -> torch.Tensor:
     h, w = grid
     result = torch.empty(patches.shape[:2], dtype=torch.float64)
     for p in range(h * w):

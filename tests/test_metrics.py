@@ -76,11 +76,7 @@ def test_exact_pixel_metrics_are_those_of_sklearn_and_of_the_naive_loops(case, l
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from([0.0, -0.0, 0.5, 1.0, 7.25]) | st.floats(-9, 9), st.booleans()), min_size=2
-    )
-)
+@given(st.lists(st.tuples(st.sampled_from([0.0, -0.0, 0.5, 1.0, 7.25]) | st.floats(-9, 9), st.booleans()), min_size=2))
 def test_image_metrics_are_those_of_sklearn(rows):
     scores, labels = np.array([s for s, _ in rows]), np.array([y for _, y in rows])
     labels[:2] = [True, False]
@@ -105,9 +101,7 @@ def test_only_the_order_of_the_scores_counts_and_negative_zero_ties_with_zero():
     plain = metrics.pixel_metrics(maps, masks)
     for other in (maps.astype(np.float64), maps.astype(np.float16), maps.astype(np.int64), 3 * maps - 50):
         changed = metrics.pixel_metrics(other, masks)
-        assert (changed.auroc, changed.ap, changed.aupro) == pytest.approx(
-            (plain.auroc, plain.ap, plain.aupro)
-        )
+        assert (changed.auroc, changed.ap, changed.aupro) == pytest.approx((plain.auroc, plain.ap, plain.aupro))
     signed = np.where(masks, np.float32(-0.0), np.float32(0.0))
     assert metrics.pixel_metrics(signed, masks).auroc == 0.5
     stream = StreamingPixelMetrics()
@@ -233,9 +227,7 @@ def test_thinned_curves_lie_on_the_curve_and_carry_their_thresholds(levels, poin
     assert roc is not None and pro is not None
     assert 2 <= len(roc.x) <= points and 2 <= len(pro.x) <= points
     for x, y, t in zip(roc.x, roc.y, roc.threshold, strict=True):
-        assert x == pytest.approx(np.mean(maps[~masks] >= t)) and y == pytest.approx(
-            np.mean(maps[masks] >= t)
-        )
+        assert x == pytest.approx(np.mean(maps[~masks] >= t)) and y == pytest.approx(np.mean(maps[masks] >= t))
     assert (roc.x[0], roc.y[0]) == (0, 0) and (roc.x[-1], roc.y[-1]) == (1, 1)
     x, y = naive.pro_points(maps, masks)
     assert pro.x[0] == 0 and pro.x[-1] == 0.25
@@ -428,9 +420,7 @@ def test_iou_of_predictions_and_its_floor():
     assert metrics.mean_iou(nothing, masks) == pytest.approx(normal)
     assert metrics.mean_iou(masks, masks) == 1.0 and metrics.iou_micro(masks, masks) == 1.0
     assert metrics.iou_anomalous_only(nothing, masks) == pytest.approx(0)
-    assert np.isnan(metrics.iou_anomalous_only(nothing, nothing)) and np.isnan(
-        metrics.iou_micro(nothing, nothing)
-    )
+    assert np.isnan(metrics.iou_anomalous_only(nothing, nothing)) and np.isnan(metrics.iou_micro(nothing, nothing))
     assert np.isnan(metrics.oracle_threshold(nothing * 1.0, nothing, anomalous_only=True).value)
     assert np.isnan(metrics.iou_curve(nothing * 1.0, nothing, [0.5], anomalous_only=True)[0])
     half = masks.copy()
@@ -460,12 +450,8 @@ def test_false_alarms_on_normal_images():
     assert metrics.fp_images(predicted, labels) == pytest.approx(1 / 3)
     assert metrics.false_regions(predicted, labels) == pytest.approx(2 / 3)
     assert metrics.false_regions(predicted, labels, connectivity=8) == pytest.approx(1 / 3)
-    assert (
-        metrics.fp_images(predicted * 0.7, labels, 0.7) == 0 < metrics.fp_images(predicted * 0.7, labels, 0.6)
-    )
-    assert np.isnan(metrics.fp_images(predicted, [1] * 4)) and np.isnan(
-        metrics.false_regions(predicted, [1] * 4)
-    )
+    assert metrics.fp_images(predicted * 0.7, labels, 0.7) == 0 < metrics.fp_images(predicted * 0.7, labels, 0.6)
+    assert np.isnan(metrics.fp_images(predicted, [1] * 4)) and np.isnan(metrics.false_regions(predicted, [1] * 4))
 
 
 def test_hit_rate_counts_the_highest_pixel_with_its_tolerance_margin_and_ties():
@@ -511,9 +497,7 @@ def test_statistics_of_unit_weights_and_of_repeated_images_are_the_metrics():
         agrees(auroc[i], sk.roc_auc_score(np.repeat(labels, weights), np.repeat(scores, weights)))
     rows = np.arange(9.0)
     rows[4] = np.nan
-    assert metrics.mean_statistic(rows)(times)[1] == pytest.approx(
-        np.nanmean(np.repeat(rows, times[1].astype(int)))
-    )
+    assert metrics.mean_statistic(rows)(times)[1] == pytest.approx(np.nanmean(np.repeat(rows, times[1].astype(int))))
 
 
 def test_bootstrap_is_seeded_stratified_and_about_as_wide_as_theory():
@@ -528,9 +512,7 @@ def test_bootstrap_is_seeded_stratified_and_about_as_wide_as_theory():
     agrees(a.value, sk.roc_auc_score(labels, scores))
     flat = metrics.delong(scores, np.zeros(200), labels)  # the other AUROC is 0.5 without variance
     width = flat.difference.high - flat.difference.low
-    assert a.high - a.low == pytest.approx(
-        width, rel=0.15
-    )  # bootstrap and asymptotic theory at n = 100 + 100
+    assert a.high - a.low == pytest.approx(width, rel=0.15)  # bootstrap and asymptotic theory at n = 100 + 100
     groups = np.arange(200) // 10  # ten images at a time that agree: fewer independent ones, a wider interval
     rows = np.repeat(rng.standard_normal(20), 10)
     alone = metrics.bootstrap_ci(metrics.mean_statistic(rows), labels)
@@ -572,9 +554,7 @@ def test_delong_is_the_variance_of_the_full_matrix_and_its_level_holds():
             for _ in range(400)
         ]
     )
-    assert (
-        0.055 < rejected < 0.155
-    )  # binomial(400, 0.1): standard deviation 0.015, and the test is asymptotic
+    assert 0.055 < rejected < 0.155  # binomial(400, 0.1): standard deviation 0.015, and the test is asymptotic
 
 
 def test_importing_the_metrics_loads_numpy_only():

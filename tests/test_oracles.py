@@ -139,9 +139,7 @@ def test_uflow_graph_likelihood_and_gradients(name: str) -> None:
     z, logdet = flow(features)
     # Ten times the original's own float32 noise (rel 5e-7 of the largest latent; logdet near 0: absolute 1e-3).
     for i in range(scales):
-        np.testing.assert_allclose(
-            z[i].detach(), arrays[f"z{i}"], atol=1e-5 * float(np.abs(arrays[f"z{i}"]).max())
-        )
+        np.testing.assert_allclose(z[i].detach(), arrays[f"z{i}"], atol=1e-5 * float(np.abs(arrays[f"z{i}"]).max()))
     np.testing.assert_allclose(logdet.detach(), arrays["logdet"], atol=5e-3, rtol=1e-5)
     half = sum(0.5 * zi.square().flatten(1).sum(1) for zi in z)
     np.testing.assert_allclose(half.detach(), arrays["half_sum_z2"], rtol=1e-5)
@@ -268,9 +266,7 @@ def spade(tiny_backbone: Any, **settings: Any) -> tuple[Any, dict[str, np.ndarra
     from adflow.methods.spade import SPADE
 
     arrays = oracle("spade")
-    parts = [
-        GivenFeatures([*levels_of(arrays, part), arrays[f"avgpool_{part}"]]) for part in ("train", "test")
-    ]
+    parts = [GivenFeatures([*levels_of(arrays, part), arrays[f"avgpool_{part}"]]) for part in ("train", "test")]
     detector = SPADE(tiny_backbone, images=int(arrays["top_k"]), **settings)
     detector.fit_features(parts[0], generator=fit_given(detector, parts[0], (224, 224)))
     return detector, arrays, parts[1]

@@ -63,9 +63,7 @@ def test_contours_are_drawn_only_where_they_belong() -> None:
     mask[100:140, 60:90] = True
     truth = np.zeros((256, 256), bool)
     truth[20:60, 200:230] = True
-    left, right = halves(
-        overlay(picture(), np.zeros((256, 256)), scale=SCALE, mask=mask, truth=truth), 256, 256
-    )
+    left, right = halves(overlay(picture(), np.zeros((256, 256)), scale=SCALE, mask=mask, truth=truth), 256, 256)
 
     def where(half: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
         rows, columns = np.nonzero((half == colour).all(axis=2))
@@ -111,9 +109,7 @@ def test_the_verdict_is_a_colour_and_a_shape_and_a_word() -> None:
     assert (badge[0] != badge[1]).any()
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1), (1, 700), (700, 1), (3, 2000), (2, 2), (37, 61), (480, 640), (1200, 90)]
-)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (3, 2000), (2, 2), (37, 61), (480, 640), (1200, 90)])
 @pytest.mark.parametrize("overlay_size", [None, 64, 400, (100, 300)])
 def test_any_shape_gives_a_panel(shape: tuple[int, int], overlay_size: int | tuple[int, int] | None) -> None:
     generator = np.random.default_rng(0)
@@ -156,9 +152,7 @@ def test_deep_images_are_drawn_like_their_8_bit_twins() -> None:
     assert (np.asarray(grey) == np.asarray(deep)).all()
 
 
-@pytest.mark.parametrize(
-    "title", ["Größe/çedille.png", "部品_07.png", "a\nb\tc\x00d\x1b[31m", "", "🔩" * 400]
-)
+@pytest.mark.parametrize("title", ["Größe/çedille.png", "部品_07.png", "a\nb\tc\x00d\x1b[31m", "", "🔩" * 400])
 def test_any_title_can_be_drawn(title: str) -> None:
     panel = overlay(picture(), np.zeros((256, 256)), scale=SCALE, title=title)
     assert panel.height == overlay(picture(), np.zeros((256, 256)), scale=SCALE, title=title[:1]).height

@@ -39,9 +39,7 @@ def together(paths: list[Path]) -> dict[str, Any]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7, momentum=0.0), nn.Linear(7, 1)).eval()
     generator = torch.Generator().manual_seed(1)
-    batches = (
-        ("any", torch.randn(11 if step < 20 else 1, 5, generator=generator), None) for step in range(30)
-    )
+    batches = (("any", torch.randn(11 if step < 20 else 1, 5, generator=generator), None) for step in range(30))
     done = train(net, lambda b: (net(b[1]) - b[1][:, :1]).square().mean(), batches, steps=30, lr=0.01, clip=0.5)
     return {
         "features": features,

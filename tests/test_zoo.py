@@ -29,9 +29,7 @@ def catalogue() -> zoo.Zoo:
 
 def test_mvtec_counts_add_up_to_the_papers_totals(catalogue: zoo.Zoo) -> None:
     classes = catalogue.datasets["mvtec"].classes
-    totals = {
-        kind: sum(c.counts[kind] or 0 for c in classes.values()) for kind in ("train", "good", "defective")
-    }
+    totals = {kind: sum(c.counts[kind] or 0 for c in classes.values()) for kind in ("train", "good", "defective")}
     assert len(classes) == 15
     assert totals == {"train": 3629, "good": 467, "defective": 1258}
 
@@ -55,9 +53,7 @@ def test_every_layout_named_is_a_module_of_data(catalogue: zoo.Zoo) -> None:
 
 def test_detectors_keep_paper_and_measured_apart(catalogue: zoo.Zoo) -> None:
     detectors = catalogue.detectors
-    assert {d.dataset for d in detectors.values()} == {
-        f"mvtec/{c}" for c in catalogue.datasets["mvtec"].classes
-    }
+    assert {d.dataset for d in detectors.values()} == {f"mvtec/{c}" for c in catalogue.datasets["mvtec"].classes}
     for detector in detectors.values():
         assert detector.paper and set(detector.paper) == {"pixel_auroc", "aupro", "miou_oracle", "miou_fair"}
         assert detector.measured is None
@@ -153,9 +149,7 @@ _UF = ("detectors", "uflow-mvtec-cable")
         (_set(*_MV, "archive", "sources", [{"url": "file:///etc/passwd"}]), "expected http"),
         (_set(*_MV, "archive", "sources", [{"url": "https://a/b", "hub": "a/b"}]), "exactly one of"),
         (
-            _set(
-                *_MV, "archive", "sources", [{"hub": "a/b", "type": "space", "revision": "main", "path": "x"}]
-            ),
+            _set(*_MV, "archive", "sources", [{"hub": "a/b", "type": "space", "revision": "main", "path": "x"}]),
             "type",
         ),
         (

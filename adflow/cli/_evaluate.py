@@ -130,9 +130,7 @@ def fits(
     return unique(plan_fits(found, list(dict.fromkeys(methods)), seeds, options, measuring))
 
 
-def models(
-    found: Sequence[Dataset], model: str | None, measuring: Measuring, where: Where, talk: Talk
-) -> list[Job]:
+def models(found: Sequence[Dataset], model: str | None, measuring: Measuring, where: Where, talk: Talk) -> list[Job]:
     """Return the cells of fitted detectors: the one that is named, else the last one of each class."""
     if where.precision not in ("float32", "bf16"):
         raise UsageError(f"unknown precision '{where.precision}', expected float32 or bf16")
@@ -146,9 +144,7 @@ def models(
 
 
 def _model(one: Dataset, path: Path, measuring: Measuring, where: Where) -> Job:
-    return plan_model(
-        one, path, measuring, device=where.device, precision=where.precision, weights=where.weights
-    )
+    return plan_model(one, path, measuring, device=where.device, precision=where.precision, weights=where.weights)
 
 
 def runs_of(runs: Path | None) -> Path:

@@ -17,19 +17,13 @@ if TYPE_CHECKING:
 def download(
     names: Annotated[
         list[str],
-        typer.Argument(
-            help="mvtec, mvtec/cable, resnet18, uflow-mvtec-cable, hub:owner/name.", show_default=False
-        ),
+        typer.Argument(help="mvtec, mvtec/cable, resnet18, uflow-mvtec-cable, hub:owner/name.", show_default=False),
     ],
     source: Annotated[
         Path | None,
-        typer.Option(
-            "--from", help="An archive, file or folder that is already on this disk.", show_default=False
-        ),
+        typer.Option("--from", help="An archive, file or folder that is already on this disk.", show_default=False),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Take files whose hash nobody has checked yet.")
@@ -37,9 +31,7 @@ def download(
     keep_archive: Annotated[
         bool, typer.Option("--keep-archive", help="Keep archives in the cache after unpacking.")
     ] = False,
-    zoo_file: Annotated[
-        Path | None, typer.Option("--zoo", help="Your own zoo file, merged over ours.")
-    ] = None,
+    zoo_file: Annotated[Path | None, typer.Option("--zoo", help="Your own zoo file, merged over ours.")] = None,
     data_root: o.DataRoot = None,
     runs: o.Runs = None,
     json: o.Json = False,
@@ -53,9 +45,7 @@ def download(
     talk = Talk(json=json, quiet=quiet, verbose=verbose)
     catalogue = zoo.load(zoo_file)
     if dry_run:
-        plans = [
-            task.plan(name, catalogue=catalogue, root=data_root, unverified=unverified) for name in names
-        ]
+        plans = [task.plan(name, catalogue=catalogue, root=data_root, unverified=unverified) for name in names]
         talk.data({"plans": [task.to_dict(plan) for plan in plans]}, "\n\n".join(map(describe, plans)))
         return
     results = []

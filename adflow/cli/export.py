@@ -57,9 +57,7 @@ def export(
             show_default=False,
         ),
     ] = None,
-    bisect: Annotated[
-        bool, typer.Option("--bisect", help="Compare every layer inside, too (onnx, openvino).")
-    ] = False,
+    bisect: Annotated[bool, typer.Option("--bisect", help="Compare every layer inside, too (onnx, openvino).")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new hub repository private.")] = False,
     weights: o.Weights = None,
     data_root: o.DataRoot = None,

@@ -286,9 +286,7 @@ class Images:
             self.skipped.append((path, _reason(frame, path)))
         if count == 0 and len(self.items) and self._whole:
             path, reason = self.skipped[0]
-            raise InputError(
-                f"none of {len(self.items)} images could be read; the first, {show(path)}: {reason}"
-            )
+            raise InputError(f"none of {len(self.items)} images could be read; the first, {show(path)}: {reason}")
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """Yield float32 tensors [B, 3, H, W] in [0, 1] in file order; only the last may be smaller.

@@ -48,9 +48,7 @@ def list_images(folder: Path | str, suffixes: Iterable[str] = IMAGE_SUFFIXES) ->
 def folders_in(folder: Path) -> list[str]:
     """Return the names of the visible folders in ``folder``, sorted; empty where it cannot be read."""
     try:
-        return sorted(
-            path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-        )
+        return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError:
         return []
 

@@ -23,9 +23,7 @@ from adflow.imaging import show
 
 GOOD = frozenset({"good", "ok", "normal"})
 MASKS = frozenset({"mask", "masks", "ground_truth"})
-BAD = frozenset(
-    {"bad", "ko", "nok", "ng", "defect", "defects", "defective", "anomaly", "anomalous", "abnormal"}
-)
+BAD = frozenset({"bad", "ko", "nok", "ng", "defect", "defects", "defective", "anomaly", "anomalous", "abnormal"})
 
 
 def matches(folder: Path) -> bool:
@@ -103,8 +101,7 @@ def _only_good(folder: Path) -> list[Sample]:
         odd = {part.lower() for part in image.relative_to(folder).parts[:-1]} & (BAD | MASKS)
         if odd:
             raise InputError(
-                f"{show(image)} lies in a folder named '{odd.pop()}', "
-                f"but {show(folder)} has no folder 'good'",
+                f"{show(image)} lies in a folder named '{odd.pop()}', but {show(folder)} has no folder 'good'",
                 hint="Put the good images into a folder named good, and folders of defects beside it.",
             )
     return [Sample(image, "train", 0, None, None) for image in images]

@@ -109,9 +109,7 @@ def read(
             else:
                 near += not one.tumour
     if not train:
-        raise InputError(
-            f"{show(folder)}: no slice without tumour is left to fit on", hint="Give a smaller margin."
-        )
+        raise InputError(f"{show(folder)}: no slice without tumour is left to fit on", hint="Give a smaller margin.")
     total = sum(map(len, read_in.values()))
     bad = sum(sample.label or 0 for sample in test)
     notes = [
@@ -139,9 +137,7 @@ def _read_patient(patient: Path) -> Sequence[_Slice]:
     for number in sorted(images.keys() ^ masks.keys()):
         lone = images.get(number) or masks[number]
         what = "slice without a mask" if number in images else "mask without a slice"
-        raise InputError(
-            f"{show(lone)} is a {what}", hint="Get the data set again: `adflow download lgg-mri`."
-        )
+        raise InputError(f"{show(lone)} is a {what}", hint="Get the data set again: `adflow download lgg-mri`.")
     return [_look(number, images[number], masks[number]) for number in sorted(images)]
 
 

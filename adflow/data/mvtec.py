@@ -50,9 +50,7 @@ def read(folder: Path, class_: str) -> Dataset:
     notes: list[str] = []
     train = [Sample(path, "train", 0, None, None) for path in list_images(root / "train" / "good")]
     if not train:
-        raise InputError(
-            f"there is no image in {show(root / 'train' / 'good')}", hint="Put good images there."
-        )
+        raise InputError(f"there is no image in {show(root / 'train' / 'good')}", hint="Put good images there.")
     others = [name for name in folders_in(root / "train") if name != "good"]
     if others:
         notes.append(f"left out of training: {', '.join(show(f'train/{name}') for name in others)}")

@@ -79,9 +79,7 @@ class Frames(Sequence[Sample]):
         image = video.folder / f"{int(video.numbers[place]):0{int(video.digits[place])}d}{video.suffix}"
         bad = video.labels is not None and bool(video.labels[place])
         mask = video.masks if bad else None
-        return Sample(
-            image, self._split, int(bad), "abnormal" if bad else None, mask, place if mask else None
-        )
+        return Sample(image, self._split, int(bad), "abnormal" if bad else None, mask, place if mask else None)
 
 
 class _Video:
@@ -104,9 +102,7 @@ class _Video:
         if odd is not None:
             raise InputError(f"{show(folder / odd)} has no frame number, expected a name such as 000.jpg")
         # By number, not by name: the width of the number is not the same in every copy.
-        pairs = np.array(sorted((int(name[:-4]), len(name) - 4) for name in names), dtype=np.int32).reshape(
-            -1, 2
-        )
+        pairs = np.array(sorted((int(name[:-4]), len(name) - 4) for name in names), dtype=np.int32).reshape(-1, 2)
         self._keep(folder, pairs)
         if len(np.unique(self.numbers)) != len(names):
             raise InputError(f"{show(folder)} holds two frames of one number")
@@ -156,9 +152,7 @@ def read(folder: Path, class_: str) -> Dataset:
     if not any(len(video.numbers) for video in train):
         raise InputError(f"there is no training frame of scene {class_} in {show(folder)}")
     notes = [f"training frames: {how}" for how in sorted({_how(video.folder) for video in train})]
-    return Dataset(
-        f"stc/{class_}", "stc", class_, folder, Frames("train", train), Frames("test", test), notes
-    )
+    return Dataset(f"stc/{class_}", "stc", class_, folder, Frames("train", train), Frames("test", test), notes)
 
 
 def prepare(folder: Path, scenes: Iterable[str] | None = None, progress: Progress | None = None) -> list[str]:
@@ -222,9 +216,7 @@ def decode(
                         written += 1
         except av.FFmpegError as error:
             shutil.rmtree(beside, ignore_errors=True)
-            raise InputError(
-                f"{show(video)} cannot be decoded: {error}", hint="Get the data set again."
-            ) from error
+            raise InputError(f"{show(video)} cannot be decoded: {error}", hint="Get the data set again.") from error
         except OSError as error:
             shutil.rmtree(beside, ignore_errors=True)
             raise write_error(frames, error) from error
@@ -247,22 +239,16 @@ def _tested(folder: Path, frames: Path) -> _Video:
     shapes = {}
     for path in (by_frame, by_pixel):
         try:
-            array = np.load(
-                path, mmap_mode="r", allow_pickle=False
-            )  # [T] or [T, H, W]; only the header is read
+            array = np.load(path, mmap_mode="r", allow_pickle=False)  # [T] or [T, H, W]; only the header is read
         except FileNotFoundError:
             raise InputError(f"{show(frames)} has no mask, expected {show(path)}") from None
         except (OSError, ValueError) as error:
             raise InputError(f"{show(path)} is not an array file: {error}") from error
         shapes[path.parent.name] = array.shape
         if array.ndim != (1 if path == by_frame else 3):
-            raise InputError(
-                f"{show(path)} has shape {array.shape}, expected [T] per frame or [T, H, W] per pixel"
-            )
+            raise InputError(f"{show(path)} has shape {array.shape}, expected [T] per frame or [T, H, W] per pixel")
         if len(array) != len(video.numbers):
-            raise InputError(
-                f"{show(frames)} holds {len(video.numbers)} frames, but {show(path)} {len(array)}"
-            )
+            raise InputError(f"{show(frames)} holds {len(video.numbers)} frames, but {show(path)} {len(array)}")
         if path == by_frame:
             video.labels = np.asarray(array) != 0
     video.masks = by_pixel

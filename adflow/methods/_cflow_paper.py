@@ -21,9 +21,9 @@ CLAMP = 1.9
 META_EPOCHS, SUB_EPOCHS, IMAGES, FIBERS = 25, 8, 32, 256
 RATE, LOWEST_RATE, WARM_UP_EPOCHS, WARM_UP_START = 2e-4, 1e-3, 2, 0.1
 # Input sizes by class, from the table in the README of the original; 256 for others.
-SIZES = dict.fromkeys(
-    ("bottle", "carpet", "grid", "leather", "screw", "tile", "toothbrush", "wood", "zipper"), 512
-) | {"transistor": 128}
+SIZES = dict.fromkeys(("bottle", "carpet", "grid", "leather", "screw", "tile", "toothbrush", "wood", "zipper"), 512) | {
+    "transistor": 128
+}
 
 
 def paper_rate(batch: int, per_epoch: int) -> float:

@@ -140,9 +140,7 @@ class ContextWhitening(nn.Module):
         for features in _batches(rows, which):
             whole.add(features.permute(0, 2, 3, 1).reshape(-1, 1, channels))
         world = whitening(whole, self.ridge)
-        self._learn_context(
-            rows, which, world.mean, whole.covariance()[0].diagonal().clamp(min=0).sqrt(), kept
-        )
+        self._learn_context(rows, which, world.mean, whole.covariance()[0].diagonal().clamp(min=0).sqrt(), kept)
         matrix = world.matrix()  # z = (x - world.mean) @ matrix
         moments = Moments(self.mean.shape[0], channels + kept)
         for features in _batches(rows, which):
@@ -151,9 +149,7 @@ class ContextWhitening(nn.Module):
             moments.add(torch.cat([z, u.unsqueeze(1).expand(-1, z.shape[1], -1)], 2))
         self._solve(moments, world.mean, matrix, kept)
 
-    def _learn_context(
-        self, rows: Rows, which: list[int], mean: Tensor, deviation: Tensor, kept: int
-    ) -> None:
+    def _learn_context(self, rows: Rows, which: list[int], mean: Tensor, deviation: Tensor, kept: int) -> None:
         self.basis.zero_()
         self.centre.zero_()
         if kept == 0:
@@ -166,9 +162,7 @@ class ContextWhitening(nn.Module):
         weight = weight.repeat_interleave(cells)
         centre = seen.mean(0)
         centred = (seen - centre) * weight
-        values, vectors = torch.linalg.eigh(
-            centred @ centred.T
-        )  # principal components through the n x n Gram matrix
+        values, vectors = torch.linalg.eigh(centred @ centred.T)  # principal components through the n x n Gram matrix
         kept = min(kept, len(seen) - 1)
         values, vectors = values[-kept:].flip(0), vectors[:, -kept:].flip(1)
         good = values > values[0] * 1e-9
@@ -198,9 +192,7 @@ class ContextWhitening(nn.Module):
         common = _FLOOR * torch.eye(channels, dtype=torch.float64) + (1 - _FLOOR) * own.mean(0)
         factor, log_det = inverse_factor(torch.lerp(own, common, self.shrinkage))
         # The context has mean 0 over the images of the basis, which may be a part of all.
-        centre = moments.mean[:, :channels] - (slope[..., :kept] @ moments.mean[:, channels:, None]).squeeze(
-            2
-        )
+        centre = moments.mean[:, :channels] - (slope[..., :kept] @ moments.mean[:, channels:, None]).squeeze(2)
         back = torch.linalg.inv(matrix)
         self.mean.copy_(world + centre @ back)
         self.world.copy_(matrix)

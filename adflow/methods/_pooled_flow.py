@@ -55,9 +55,7 @@ class PooledFlow(nn.Module):
             return Perceptron(inputs, outputs, hidden, zero_init, generator)
 
         self.orders = nn.ModuleList(FixedPermutation([(width,)], generator=generator) for _ in range(blocks))
-        self.couplings = nn.ModuleList(
-            GlowCoupling([(width,)], subnet=subnet, clamp=clamp) for _ in range(blocks)
-        )
+        self.couplings = nn.ModuleList(GlowCoupling([(width,)], subnet=subnet, clamp=clamp) for _ in range(blocks))
 
     def forward(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         """Map [B, D] forward, or backward with ``rev``; return the log-determinants [B] too."""

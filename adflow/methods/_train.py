@@ -193,9 +193,7 @@ class _Run:
         }
         if not self.parameters:
             raise InputError("there is no parameter to train")
-        self.optimiser = torch.optim.Adam(
-            self.parameters.values(), betas=betas, eps=eps, weight_decay=weight_decay
-        )
+        self.optimiser = torch.optim.Adam(self.parameters.values(), betas=betas, eps=eps, weight_decay=weight_decay)
         self.decay = average
         self.mean = {n: p.detach().clone() for n, p in self.parameters.items()} if average is not None else {}
         self.done = 0

@@ -117,8 +117,7 @@ def whitening(moments: Moments, ridge: float = 0.01) -> Whitening:
 
     Args:
         moments: statistics with P = 1.
-        ridge: added to the eigenvalues of the correlation: directions with less variance than that are noise
-        of the
+        ridge: added to the eigenvalues of the correlation: directions with less variance than that are noise of the
             arithmetic and must not be blown up.
     """
     covariance = moments.covariance()[0]

@@ -10,11 +10,9 @@ log-density is log p(x | c) = log N(z; 0, I) + log |det dz/dx| (section 4, eq. 3
 
 Three recipes:
 
-* ``paper``: one decoder per tap on raw features, 8 blocks, the code's loss, schedule and order of steps.
-The map is
-  the sum over taps of exp(log p / C - maximum), upsampled. The original takes that maximum from the *test
-  set*, so that an image's score depends on the images beside it; here it is the maximum over the *training*
-  images.
+* ``paper``: one decoder per tap on raw features, 8 blocks, the code's loss, schedule and order of steps. The map is
+  the sum over taps of exp(log p / C - maximum), upsampled. The original takes that maximum from the *test set*, so
+  that an image's score depends on the images beside it; here it is the maximum over the *training* images.
 * ``fast``: the first layer of a flow over all taps on the coarsest grid, solved in closed form: a Gaussian conditioned
   on the position and on what the image looks like as a whole (:mod:`adflow.methods._context`). No couplings: on the
   data it was compared on they raised the likelihood of held-out good images, but not the ranking of images.

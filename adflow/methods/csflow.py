@@ -76,8 +76,7 @@ class CSFlow(MapFlow):
     """
 
     paper: ClassVar[str] = (
-        "Fully Convolutional Cross-Scale-Flows for Image-based Defect Detection, 2022, "
-        "https://arxiv.org/abs/2110.02855"
+        "Fully Convolutional Cross-Scale-Flows for Image-based Defect Detection, 2022, https://arxiv.org/abs/2110.02855"
     )
     year: ClassVar[int] = 2022
     learns: ClassVar[str] = "one normalizing flow across image scales"

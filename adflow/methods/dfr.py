@@ -173,9 +173,7 @@ class DFR(FeatureDetector):
         """Return the joined features [B, C, h, w]."""
         if self.grid != "window":
             return concatenate(pyramid, self.cells)
-        return torch.cat(
-            [r.to(x) @ x @ c.to(x).T for x, (r, c) in zip(pyramid, self.joining, strict=True)], dim=1
-        )
+        return torch.cat([r.to(x) @ x @ c.to(x).T for x, (r, c) in zip(pyramid, self.joining, strict=True)], dim=1)
 
     # --- fit ------------------------------------------------------------------------------------------------
 

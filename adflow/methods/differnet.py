@@ -364,14 +364,10 @@ class DifferNet(Detector):
         """Return per turned copy the positions' shares [H, W], turned back; ``mean`` is [T or 1, D]."""
         widths = [level.shape[1] for level in pyramid]
         total = gradient.new_zeros(len(gradient), *size)
-        for level, m, g in zip(
-            pyramid, torch.split(mean, widths, 1), torch.split(gradient, widths, 1), strict=True
-        ):
+        for level, m, g in zip(pyramid, torch.split(mean, widths, 1), torch.split(gradient, widths, 1), strict=True):
             share = ((level - m[:, :, None, None]) * g[:, :, None, None]).sum(1)  # [T, h, w]
             total = total + upsample(share, size, 0.0)
-        return [
-            turn(one[None, None], -angle, "border")[0, 0] for one, angle in zip(total, angles, strict=True)
-        ]
+        return [turn(one[None, None], -angle, "border")[0, 0] for one, angle in zip(total, angles, strict=True)]
 
     def load_original(self, state: Mapping[str, Tensor], orders: Sequence[Tensor]) -> None:
         """Load the original's flow (keys ``nf.module_list.*``); see :meth:`PooledFlow.load_original`."""

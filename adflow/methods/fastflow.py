@@ -224,7 +224,5 @@ def conv_chain(
 
 def flow_loss(latents: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the sum over chains of mean_batch(|z|^2 / 2 - logdet) in nats; logdets are [B, h, w] or [B]."""
-    parts = [
-        (0.5 * z.square().flatten(1).sum(1) - logdet.reshape(len(z), -1).sum(1)).mean() for z, logdet in latents
-    ]
+    parts = [(0.5 * z.square().flatten(1).sum(1) - logdet.reshape(len(z), -1).sum(1)).mean() for z, logdet in latents]
     return torch.stack(parts).sum()

@@ -95,12 +95,10 @@ class Local(FeatureDetector):
         whiten: degree of whitening for distances, 0 (standardised) to 1 (full).
         width: coordinates kept for distances, by a seeded random rotation; None = all.
         radius: neighbouring cells on each side whose vectors count as normal here.
-        samples: vectors a cell keeps at most; with more training images a greedy choice (farthest first)
-            keeps those
+        samples: vectors a cell keeps at most; with more training images a greedy choice (farthest first) keeps those
             that cover the others. Bounds memory and time of scoring whatever the number of images.
         coreset: rows of the global bank, a share such as "10%" or a number; None = no such member of the pool.
-        max_memory: bytes the process may hold while fitting, such as "2GiB"; refuses before it starts
-            when it cannot
+        max_memory: bytes the process may hold while fitting, such as "2GiB"; refuses before it starts when it cannot
             be kept. None = no limit.
         base: options of every feature detector (smooth, image_score, margin).
     """

@@ -58,8 +58,7 @@ class PaDiM(FeatureDetector):
         rank: keep that many principal axes a position, and one variance for all others (probabilistic PCA,
         Tipping &
             Bishop, 1999): C/rank times less memory. None = the full covariance.
-        max_memory: bytes the process may hold while fitting, such as "2GiB"; refuses before it starts when it
-        cannot
+        max_memory: bytes the process may hold while fitting, such as "2GiB"; refuses before it starts when it cannot
             be kept. None = no limit.
         base: options of every feature detector (smooth, image_score, margin).
     """

@@ -56,31 +56,25 @@ class PatchCore(FeatureDetector):
         backbone: images to feature pyramid.
         coreset: share of all patches to keep ("10%"), or a number of rows.
         neighbourhood: side of the window of cells around a patch (paper: 3); 1 = the cell alone.
-        layer_width: length each layer's window is pooled to (code: 1024, by adaptive averaging over
-            neighbouring
+        layer_width: length each layer's window is pooled to (code: 1024, by adaptive averaging over neighbouring
             channels and window cells, in that order); 0 = average the window, keep the channels.
         width: length of the patch vector after pooling all layers together (code: 1024); 0 = as long as
             they are.
         grid: "finest" (paper: deeper layers are resized bilinearly) or "coarsest" (finer ones are averaged).
-        whiten: degree to which directions are made to count alike before distances are taken, 0 to 1;
-            None = the
-            features as they are (paper). Not part of PatchCore: with a small net the raw channels differ in
-            unit, and half-whitening (0.5) is what makes a bank work (screw: image AUROC 57 without, 96 with).
+        whiten: degree to which directions are made to count alike before distances are taken, 0 to 1; None = the
+            features as they are (paper). Not part of PatchCore: with a small net the raw channels differ in unit, and
+            half-whitening (0.5) is what makes a bank work (screw: image AUROC 57 without, 96 with).
         projection: length of the seeded random projection the coreset is chosen on (code: 128).
-        neighbours: b of the paper's eq. 7; 0 = no re-weighting (code). The paper does not print b; 9 is
-            what a
+        neighbours: b of the paper's eq. 7; 0 = no re-weighting (code). The paper does not print b; 9 is what a
             well-known library uses.
         squared: score by squared distance (code) or distance (paper).
         patch_score: image score from the highest patch (paper) instead of the smoothed map.
-        max_memory: bytes the process may hold while fitting, such as "2GiB"; what does not fit is chosen
-            from in
-            parts (a coreset of coresets), and where that cannot work the fit refuses before it starts.
+        max_memory: bytes the process may hold while fitting, such as "2GiB"; what does not fit is chosen from in parts
+            (a coreset of coresets), and where that cannot work the fit refuses before it starts.
         base: options of every feature detector (smooth, image_score, margin).
     """
 
-    paper: ClassVar[str] = (
-        "Towards Total Recall in Industrial Anomaly Detection, https://arxiv.org/abs/2106.08265"
-    )
+    paper: ClassVar[str] = "Towards Total Recall in Industrial Anomaly Detection, https://arxiv.org/abs/2106.08265"
     year: ClassVar[int] = 2022
     learns: ClassVar[str] = "a coreset of normal patch features"
     has_null: ClassVar[bool] = False
@@ -311,9 +305,7 @@ class PatchCore(FeatureDetector):
         maps = upsample(squared if self.squared else squared.sqrt(), size, self.sigma(size))
         return Scores(maps, self._patch_scores(vectors, squared, index, boxes))
 
-    def _patch_scores(
-        self, vectors: Tensor, squared: Tensor, index: Tensor, boxes: Sequence[Box] | None
-    ) -> Tensor:
+    def _patch_scores(self, vectors: Tensor, squared: Tensor, index: Tensor, boxes: Sequence[Box] | None) -> Tensor:
         """Return the score of each image's highest patch [B], re-weighted when ``neighbours`` is set."""
         scores = squared if self.squared else squared.sqrt()
         inside = [self._to_cells(boxes[i]) if boxes else None for i in range(len(scores))]

@@ -37,13 +37,11 @@ class SPADE(FeatureDetector):
         backbone: images to feature pyramid; its last tap is for finding images only, the others for pixels.
         images: K (paper: 50 for MVTec, 1 for STC; repository: 5).
         kappa: gallery vectors a pixel is compared with (paper: 1).
-        levels: "joined": taps side by side on one grid (paper); "separate": every tap searched by itself,
-            the maps
+        levels: "joined": taps side by side on one grid (paper); "separate": every tap searched by itself, the maps
             resized bilinearly and averaged (repository).
         grid: where joined taps meet: "finest" (paper: coarser taps are repeated) or "coarsest".
         retrieval_score: image score from stage 1 (paper) instead of the map.
-        max_memory: bytes the process may hold while fitting, such as "2GiB"; refuses before it starts
-            when the
+        max_memory: bytes the process may hold while fitting, such as "2GiB"; refuses before it starts when the
             features of all images do not fit. None = no limit.
         base: options of every feature detector (smooth, image_score, margin).
     """
@@ -211,8 +209,7 @@ class SPADE(FeatureDetector):
     @staticmethod
     def _mean(maps: list[Tensor], size: tuple[int, int]) -> Tensor:
         resized = [
-            F.interpolate(m.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
-            for m in maps
+            F.interpolate(m.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1) for m in maps
         ]
         return torch.stack(resized).mean(dim=0)
 

@@ -147,7 +147,6 @@ class UFlow(FeatureDetector):
             chosen["epochs"], chosen["batch"], chosen["lr"] = PAPER_CLASSES[class_]
         return chosen
 
-
     def prepare(
         self,
         channels: list[int],
@@ -290,9 +289,7 @@ def _moving(channels: int) -> int:
     return channels // 8 * 4
 
 
-def _scales(
-    channels: list[int], grids: list[tuple[int, int]]
-) -> list[tuple[int, tuple[int, int], list[int]]]:
+def _scales(channels: list[int], grids: list[tuple[int, int]]) -> list[tuple[int, tuple[int, int], list[int]]]:
     """Join taps of one grid; return (channels, grid, taps) finest first, every grid twice the next."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, grid in enumerate(grids):

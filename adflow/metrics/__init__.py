@@ -200,9 +200,7 @@ def aupro(
     return variants[method](maps, masks, limit)
 
 
-def roc_curve(
-    scores: Array | Sequence[float], labels: Array | Sequence[int | bool], points: int = 400
-) -> Curve:
+def roc_curve(scores: Array | Sequence[float], labels: Array | Sequence[int | bool], points: int = 400) -> Curve:
     """Return at most ``points`` points of the ROC curve of image scores, each exactly on it, with both ends.
 
     Without an anomalous or without a normal image the curve is empty.

@@ -148,9 +148,7 @@ def as_mask(array: Array | None, shape: tuple[int, ...], name: str = "mask") -> 
     if array.dtype == np.bool_:
         return array
     if array.dtype.kind not in "iuf" or not np.all((array == 0) | (array == 1)):
-        raise InputError(
-            f"{name} of type {array.dtype} holds values other than 0 and 1", hint="pass mask > 0"
-        )
+        raise InputError(f"{name} of type {array.dtype} holds values other than 0 and 1", hint="pass mask > 0")
     return array.astype(np.bool_)
 
 

@@ -62,8 +62,7 @@ def iou_per_image(predictions: Maps, masks: Masks, threshold: float | None = Non
     practically 0 as soon as one pixel is.
     """
     values = [
-        _iou(np.count_nonzero(p & m), np.count_nonzero(p | m))
-        for p, m in _predicted(predictions, masks, threshold)
+        _iou(np.count_nonzero(p & m), np.count_nonzero(p | m)) for p, m in _predicted(predictions, masks, threshold)
     ]
     return np.array(values)
 
@@ -96,9 +95,7 @@ def iou_micro(predictions: Maps, masks: Masks, threshold: float | None = None) -
     return inter / union if union else np.nan
 
 
-def iou_curve(
-    maps: Maps, masks: Masks, thresholds: Array | Sequence[float], *, anomalous_only: bool = False
-) -> Floats:
+def iou_curve(maps: Maps, masks: Masks, thresholds: Array | Sequence[float], *, anomalous_only: bool = False) -> Floats:
     """Return the mean IoU at each of the thresholds [T]; all NaN when no image is left to average over.
 
     One sort for each image, however many thresholds.
@@ -144,9 +141,7 @@ def oracle_threshold(
         return Operating(float(grid[best]), float(curve[best]))
     scores_on_masks = [scores[mask] for scores, mask in pairs(maps, masks)]
     candidates = np.unique(np.concatenate(scores_on_masks))
-    rise = np.zeros(
-        candidates.size + 1
-    )  # change of the summed IoU when the threshold falls to below candidate j
+    rise = np.zeros(candidates.size + 1)  # change of the summed IoU when the threshold falls to below candidate j
     base, count, highest = 0.0, 0, -np.inf
     for one, positive in zip(maps, scores_on_masks, strict=True):
         flat = _sorted_finite(as_map(one))
@@ -155,9 +150,7 @@ def oracle_threshold(
             continue
         count += 1
         base += 0.0 if positive.size else 1.0
-        bins = (
-            np.searchsorted(candidates, flat, side="right") - 1
-        )  # predicted once the threshold is below this one
+        bins = np.searchsorted(candidates, flat, side="right") - 1  # predicted once the threshold is below this one
         touched, pixels = _runs(bins[bins >= 0])
         hits = np.zeros(touched.size, dtype=np.int64)
         on_mask, found = _runs(np.sort(np.searchsorted(candidates, positive)))
@@ -198,9 +191,7 @@ def fair_threshold(
     if method not in ("quantile", "interpolated", "original"):
         raise unknown("method", method, ("quantile", "interpolated", "original"))
     if len(normal_maps) == 0 or not pixels >= 0:
-        raise InputError(
-            f"got {len(normal_maps)} normal maps and pixels = {pixels}, expected a map and pixels >= 0"
-        )
+        raise InputError(f"got {len(normal_maps)} normal maps and pixels = {pixels}, expected a map and pixels >= 0")
     flats = [as_map(one).reshape(-1) for one in normal_maps]
     scores = np.sort(np.concatenate(flats))
     if not (np.isfinite(scores[0]) and np.isfinite(scores[-1])):
@@ -220,9 +211,7 @@ def fair_threshold(
     return float(np.interp(wanted, exceed, levels))
 
 
-def fp_images(
-    predictions: Maps, labels: Array | Sequence[int | bool], threshold: float | None = None
-) -> float:
+def fp_images(predictions: Maps, labels: Array | Sequence[int | bool], threshold: float | None = None) -> float:
     """Return the share of normal images with any detection; lower is better, NaN without normal images."""
     normal = ~as_labels(labels, len(predictions))
     flagged = [bool(_predict(predictions[i], threshold, i).any()) for i in np.flatnonzero(normal).tolist()]
@@ -269,9 +258,7 @@ def hit_rate(maps: Maps, masks: Masks, tolerance: float = 0.0, margin: float = 0
     from scipy import ndimage
 
     if not tolerance >= 0 or not 0 <= margin < 0.5:
-        raise InputError(
-            f"tolerance is {tolerance} and margin {margin}, expected >= 0 and a share in [0, 0.5)"
-        )
+        raise InputError(f"tolerance is {tolerance} and margin {margin}, expected >= 0 and a share in [0, 0.5)")
     hits = []
     for scores, mask in pairs(maps, masks):
         if not mask.any():

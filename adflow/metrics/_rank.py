@@ -109,9 +109,7 @@ class Ranked:
         self.size = shapes[0] if len(set(shapes)) == 1 else None
         self.area = np.concatenate(areas)
         self.image = np.concatenate(images)
-        self.positives = Positives(
-            scores, region, wide
-        )  # before the big copy: the peak is then its own memory
+        self.positives = Positives(scores, region, wide)  # before the big copy: the peak is then its own memory
         everything = np.empty(sum(h * w for h, w in shapes), dtype=np.float64 if wide else np.float32)
         start = 0
         for one in maps:
@@ -260,9 +258,7 @@ def curves(ranked: Ranked, points: int, limit: float) -> tuple[Curve, Curve]:
 def _overlap(ranked: Ranked, positive_below: npt.NDArray[np.int64]) -> Floats:
     """Return the mean overlap of the regions [T], the lowest ``positive_below`` [T] positives left out."""
     weight = 1 / (ranked.area * len(ranked.area))
-    sums = np.zeros(
-        len(positive_below) + 1
-    )  # sums[j]: weight of the positives that the first j thresholds include
+    sums = np.zeros(len(positive_below) + 1)  # sums[j]: weight of the positives that the first j thresholds include
     for start in range(0, ranked.n_positive, _BLOCK):
         stop = min(start + _BLOCK, ranked.n_positive)
         _, region = ranked.positives.block(start, stop)

@@ -268,9 +268,7 @@ def delong(
     a, b = as_scores(scores_a, "scores of A"), as_scores(scores_b, "scores of B")
     positive = as_labels(labels, a.size)
     if b.size != a.size:
-        raise InputError(
-            f"{a.size} scores of A but {b.size} of B, expected the same images in the same order"
-        )
+        raise InputError(f"{a.size} scores of A but {b.size} of B, expected the same images in the same order")
     parts = [_placements(scores, positive) for scores in (a, b)]
     m, n = int(positive.sum()), int(np.count_nonzero(~positive))
     if m < 2 or n < 2:
@@ -288,9 +286,7 @@ def delong(
 
 def _check(level: float, draws: int) -> None:
     if not 0 < level < 1 or draws < 1:
-        raise InputError(
-            f"level is {level} and draws {draws}, expected a level in (0, 1) and at least one draw"
-        )
+        raise InputError(f"level is {level} and draws {draws}, expected a level in (0, 1) and at least one draw")
 
 
 def _ratio(above: Floats, below: Floats) -> Floats:

@@ -45,17 +45,14 @@ def cflow_curve(maps: Maps, masks: Masks, steps: int = 1000) -> Curve:
     negative = np.concatenate(normal)
     if not n_regions or not negative.size:
         return Curve(np.zeros(0), np.zeros(0), np.zeros(0))
-    return Curve(
-        _above(negative, thresholds) / negative.size, overlap / n_regions, thresholds.astype(np.float64)
-    )
+    return Curve(_above(negative, thresholds) / negative.size, overlap / n_regions, thresholds.astype(np.float64))
 
 
 def aupro_cflow(maps: Maps, masks: Masks, limit: float = 0.3) -> float:
     """Return AUPRO as CFLOW-AD and DFR compute it.
 
-    The points with a rate up to ``limit`` are kept, their rates are stretched to [0, 1], and the trapezoids
-    under
-    them are summed: no interpolation at the limit. NaN when all kept points have one rate.
+    The points with a rate up to ``limit`` are kept, their rates are stretched to [0, 1], and the trapezoids under them
+    are summed: no interpolation at the limit. NaN when all kept points have one rate.
     """
     curve = cflow_curve(maps, masks)
     keep = curve.x <= limit

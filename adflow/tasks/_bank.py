@@ -140,5 +140,3 @@ def can_share(detector: Detector, settings: dict[str, Any]) -> bool:
     With a memory limit of its own a method plans its bank itself.
     """
     return isinstance(detector, FeatureDetector) and detector.learns_from_bank and not settings.get("max_memory")
-
-

@@ -146,9 +146,7 @@ def plan_fits(
                 bank = min(options.resources.memory, len(data.train) * found.get("image_bytes", 0))
                 memory = PROCESS + bank + _maps(data, found.get("size"), measuring)
                 error = found.get("error")
-                jobs.append(
-                    Job(data, stem, key, head, chosen, group=group, memory=memory, error=error, note=note)
-                )
+                jobs.append(Job(data, stem, key, head, chosen, group=group, memory=memory, error=error, note=note))
     return jobs
 
 
@@ -236,9 +234,7 @@ def _head(data: Dataset, method: str, backbone: str, recipe: str | None, seed: i
     }
 
 
-def _common(
-    data: Dataset, state: str, measuring: Measuring, size: tuple[int, int] | None, code: str
-) -> dict[str, Any]:
+def _common(data: Dataset, state: str, measuring: Measuring, size: tuple[int, int] | None, code: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "adflow": __version__,

@@ -14,14 +14,10 @@ from adflow.zoo import DatasetEntry
 def fits(entry: DatasetEntry, classes: Sequence[str], folder: Path) -> bool:
     """Say whether ``folder`` holds at least one file of the first kind of each of ``classes``."""
     first = next(iter(entry.folders.values()))
-    return all(
-        any(any(_glob(folder, glob, c)) for glob in first if not glob.startswith("!")) for c in classes
-    )
+    return all(any(any(_glob(folder, glob, c)) for glob in first if not glob.startswith("!")) for c in classes)
 
 
-def compare(
-    entry: DatasetEntry, classes: Sequence[str], folder: Path, names: Sequence[str] | None
-) -> list[str]:
+def compare(entry: DatasetEntry, classes: Sequence[str], folder: Path, names: Sequence[str] | None) -> list[str]:
     """Count the files of each class and kind.
 
     Args:
@@ -38,9 +34,7 @@ def compare(
     """
     lost = next((name for name in names or () if not (folder / name).is_file()), None)
     if lost is not None:
-        raise InputError(
-            f"{lost} was unpacked into {folder} and is not there", hint="Run the same command again."
-        )
+        raise InputError(f"{lost} was unpacked into {folder} and is not there", hint="Run the same command again.")
     notes = []
     for class_ in classes:
         expected = entry.classes[class_]

@@ -198,9 +198,7 @@ def _list(cells: Sequence[Cell]) -> str:
     return ", ".join(dict.fromkeys("/".join(_class(cell)) for cell in cells)) or "nothing"
 
 
-def _pairs(
-    ours: Sequence[Cell], others: Sequence[Cell]
-) -> tuple[list[tuple[str, list[Cell], list[Cell]]], list[str]]:
+def _pairs(ours: Sequence[Cell], others: Sequence[Cell]) -> tuple[list[tuple[str, list[Cell], list[Cell]]], list[str]]:
     notes: list[str] = []
     pairs = []
     for class_ in dict.fromkeys(_class(cell) for cell in ours):
@@ -221,9 +219,7 @@ def _pairs(
     return pairs, notes
 
 
-def _tests(
-    run: str, mine: list[Cell], theirs: list[Cell], draws: int
-) -> tuple[list[Difference], str | None]:
+def _tests(run: str, mine: list[Cell], theirs: list[Cell], draws: int) -> tuple[list[Difference], str | None]:
     cells = [*mine, *theirs]
     known = [{r["image"]: r["label"] for r in cell["records"] if r["error"] is None} for cell in cells]
     names = [name for name in known[0] if all(k.get(name) == known[0][name] for k in known)]

@@ -164,9 +164,7 @@ def evaluate_detector(
 class _Look:
     """What is found out about each image, in the worker that scored it."""
 
-    def __init__(
-        self, detector: Detector, point: OperatingPoint | None, after: Callable[[Scored], Any] | None
-    ) -> None:
+    def __init__(self, detector: Detector, point: OperatingPoint | None, after: Callable[[Scored], Any] | None) -> None:
         assert detector.size is not None
         self.size: tuple[int, int] = detector.size
         self.detector, self.point, self.after = detector, point, after
@@ -178,9 +176,7 @@ class _Look:
         truth = truth_of(sample, scored.map.shape, self.size, self.detector.keep_aspect)
         seen = _Seen(truth, sample.mask is not None or sample.label == 0)
         if truth.any():
-            seen.hit = metrics.hit_rate(
-                [scored.map], [truth], self.tolerance, getattr(self.detector, "margin", 0.0)
-            )
+            seen.hit = metrics.hit_rate([scored.map], [truth], self.tolerance, getattr(self.detector, "margin", 0.0))
         if self.point is not None:
             predicted, regions = find(self.detector.calibration, scored.map, self.point.threshold)
             seen.intersection = int(np.count_nonzero(predicted & truth))
@@ -375,9 +371,7 @@ def _rows(
         row |= _at_point(point, records, labels)
         row |= _oracle(pixels, undefined, bool(hits))
         if not (labels == 0).any():
-            undefined |= dict.fromkeys(
-                ("false_regions_per_normal", "flagged_share"), "no good image in the test set"
-            )
+            undefined |= dict.fromkeys(("false_regions_per_normal", "flagged_share"), "no good image in the test set")
         if not hits:
             undefined |= dict.fromkeys(("iou_defective", "iou_defective_oracle"), undefined["hit"])
     histograms = None
@@ -402,9 +396,7 @@ def iou_of(record: Mapping[str, Any]) -> float:
     return float(record["intersection"] / record["union"]) if record["union"] else 1.0
 
 
-def _at_point(
-    point: OperatingPoint, records: Sequence[dict[str, Any]], labels: np.ndarray
-) -> dict[str, Any]:
+def _at_point(point: OperatingPoint, records: Sequence[dict[str, Any]], labels: np.ndarray) -> dict[str, Any]:
     """Return the figures of the automatic threshold; IoU per image, normal images included (U-Flow's mIoU)."""
     known = [record for record in records if record["in_pixels"]]
     iou = np.array([iou_of(record) for record in known])

@@ -124,9 +124,7 @@ def _recorder(seen: Stages, name: str, labels: Sequence[str]) -> Callable[[nn.Mo
 class Program(nn.Module):
     """One image [1, H, W, 3] to map, score, verdict and mask (:data:`adflow.bundle.OUTPUTS`), then the stages."""
 
-    def __init__(
-        self, detector: Detector, thresholds: Thresholds, form: Form, stages: Stages | None = None
-    ) -> None:
+    def __init__(self, detector: Detector, thresholds: Thresholds, form: Form, stages: Stages | None = None) -> None:
         super().__init__()
         assert detector.size is not None
         self.size, self.keep_aspect = detector.size, detector.keep_aspect

@@ -243,9 +243,7 @@ def defect_grid(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> 
     columns = [name for name in DEFECT_COLUMNS if name in frame and frame[name].notna().any()]
     body = []
     by = ["dataset", "class", "method", "backbone", "recipe", "defect"]
-    groups = [
-        (dict(zip(by, keys, strict=True)), group) for keys, group in frame.groupby(by, sort=False, dropna=False)
-    ]
+    groups = [(dict(zip(by, keys, strict=True)), group) for keys, group in frame.groupby(by, sort=False, dropna=False)]
     table = {name: [str(at[name]) for at, _ in groups] for name in names}
     table["images"] = [f"{group['n'].iloc[0]:.0f}" for _, group in groups]
     for name in columns:

@@ -125,9 +125,7 @@ class Cluster:
         for found in self._in_order(tasks):
             yield from found
 
-    def features(
-        self, backbone: Backbone, images: ImageSource
-    ) -> Iterator[tuple[tuple[int, int], list[torch.Tensor]]]:
+    def features(self, backbone: Backbone, images: ImageSource) -> Iterator[tuple[tuple[int, int], list[torch.Tensor]]]:
         """Yield (image size, pyramid of one row) of every image, in order; tasks take some images each.
 
         So one detector is fitted on many nodes: what costs most, decoding and backbone, is done on all of them, and

@@ -36,9 +36,7 @@ def fit_inside(images: Tensor, size: Size, keep_aspect: bool) -> tuple[Tensor, B
     if keep_aspect:
         height, width = _length(image, 0), _length(image, 1)
         scale = torch.minimum(size[0] / height.double(), size[1] / width.double())
-        inner = [
-            (have * scale).round().clamp(1, most).long() for have, most in zip((height, width), size, strict=True)
-        ]
+        inner = [(have * scale).round().clamp(1, most).long() for have, most in zip((height, width), size, strict=True)]
         before = [torch.div(most - n, 2, rounding_mode="floor") for n, most in zip(inner, size, strict=True)]
         box = Box(before[0], before[1], inner[0], inner[1])  # type: ignore[arg-type]  # numbers of a traced program
     else:

@@ -115,9 +115,7 @@ class Call:
         )
 
 
-def plan(
-    name: str, *, catalogue: zoo.Zoo | None = None, root: Path | None = None, unverified: bool = False
-) -> Plan:
+def plan(name: str, *, catalogue: zoo.Zoo | None = None, root: Path | None = None, unverified: bool = False) -> Plan:
     """Say what `download` would do; touches neither the network nor the disk.
 
     Raises:
@@ -140,9 +138,7 @@ def plan(
         title = entry.title if isinstance(entry, DetectorEntry) else f"weights of {entry.timm or entry.name}"
         counts, destination = {}, cache / "files"
         here = all(_here(file, cache) for file in files)
-    planned = [
-        Planned(f.name, f.bytes, f.trust, [str(s) for s in f.sources], here or _here(f, cache)) for f in files
-    ]
+    planned = [Planned(f.name, f.bytes, f.trust, [str(s) for s in f.sources], here or _here(f, cache)) for f in files]
     return Plan(name, kind, title, entry.licence, planned, destination, here, _free(destination), counts)
 
 
@@ -273,9 +269,7 @@ def _download_dataset(
             archive, file, only = _own_archive(source / own.name, entry, class_, call)
     try:
         if archive is not None:
-            out = unpack(
-                archive, beside, strip=file.strip, only=only, limit=file.unpacked, progress=call.progress
-            )
+            out = unpack(archive, beside, strip=file.strip, only=only, limit=file.unpacked, progress=call.progress)
         else:
             out = _copy(source or place, entry, class_, beside)
         notes = compare(entry, [class_] if class_ else list(entry.classes), beside, out.names)
@@ -312,9 +306,7 @@ def _archive(entry: DatasetEntry, class_: str | None, call: Call) -> tuple[File,
     return own, folder
 
 
-def _own_archive(
-    path: Path, entry: DatasetEntry, class_: str | None, call: Call
-) -> tuple[Path, File, str | None]:
+def _own_archive(path: Path, entry: DatasetEntry, class_: str | None, call: Call) -> tuple[Path, File, str | None]:
     """Check an archive that the user brought against what the catalogue knows of it."""
     if not is_archive(path):
         raise InputError(f"{path} is not an archive", hint="Expected zip, tar, tar.gz, tar.xz, or a folder.")

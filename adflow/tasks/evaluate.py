@@ -174,9 +174,7 @@ def evaluate(
             cell = read_cell(folder / f"{jobs[index].name}.json", jobs[index].key)
             missing = None if cell else f"its file did not come: {folder} must be a folder that all nodes see"
             tell(index, cell, missing)
-    rows = [
-        _row(found[i]) if i in found else {**job.head, "error": errors[i]} for i, job in enumerate(jobs)
-    ]
+    rows = [_row(found[i]) if i in found else {**job.head, "error": errors[i]} for i, job in enumerate(jobs)]
     cells = [found[i] for i in sorted(found)]
     return Outcome(cells, rows, [(jobs[i], errors[i]) for i in sorted(errors)], reused)
 

@@ -254,9 +254,7 @@ def fit_detector(
     detector.keep_aspect = keep_aspect
     own = None
     if features is None and options.folds > 1 and can_share(detector, options.settings):
-        own = features = TrainFeatures(
-            detector, train, size, keep_aspect, options.strict, options.resources, progress
-        )
+        own = features = TrainFeatures(detector, train, size, keep_aspect, options.strict, options.resources, progress)
     try:
         learned, skipped, fit_scores = _learn(
             detector, train, chosen, held, options, size, keep_aspect, progress, features
@@ -349,9 +347,7 @@ def _learn(
     return learned, list(dict.fromkeys(skipped)), fit_scores
 
 
-def _calibration(
-    detector: Detector, good: Sequence[Sample], strict: bool, workers: int | None = None
-) -> Calibration:
+def _calibration(detector: Detector, good: Sequence[Sample], strict: bool, workers: int | None = None) -> Calibration:
     parts: list[Calibration] = []
     readable = (scored for scored in run(detector, good, strict=strict, workers=workers) if scored.error is None)
     while first := next(readable, None):

@@ -126,9 +126,7 @@ def prediction_data(paths: Sequence[Path], batch_size: int = 32) -> DataLoader[A
     """Return a loader of image files."""
     data = PredictDataset(paths[0], transform=Resize(_SIZE, antialias=True))
     data.image_filenames = list(paths)
-    return DataLoader(
-        data, batch_size, num_workers=cores() if cores() > 1 else 0, collate_fn=data.collate_fn
-    )
+    return DataLoader(data, batch_size, num_workers=cores() if cores() > 1 else 0, collate_fn=data.collate_fn)
 
 
 def predict(model: Any, runner: Engine, paths: Sequence[Path], batch_size: int = 32) -> tuple[list[Any], list[float]]:

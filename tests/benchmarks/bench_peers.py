@@ -50,9 +50,7 @@ class Table:
         self.bars: list[str] = []
         print(HEAD, flush=True)
 
-    def run(
-        self, section: str, work: str, sides: Sides, rounds: int = ROUNDS, threads: int | None = None
-    ) -> Found:
+    def run(self, section: str, work: str, sides: Sides, rounds: int = ROUNDS, threads: int | None = None) -> Found:
         found = cached(section, sides, self.cache, rounds, warm=rounds > 1, threads=threads)
         self.show(work, found)
         return found

@@ -209,8 +209,10 @@ def grow(path: Path, paths: list[Path]) -> None:
         took.append(time.perf_counter() - began)
         held.append(peak)
     exponents = [np.polyfit(np.log(counts), np.log(values), 1)[0] for values in (took, held)]
-    print(f"images {counts}: seconds {[round(s, 2) for s in took]}, exponent {exponents[0]:.2f}; "
-          f"memory {[h >> 20 for h in held]} MiB, exponent {exponents[1]:.2f}")
+    print(
+        f"images {counts}: seconds {[round(s, 2) for s in took]}, exponent {exponents[0]:.2f}; "
+        f"memory {[h >> 20 for h in held]} MiB, exponent {exponents[1]:.2f}"
+    )
 
 
 def unlearned(like: Detector, side: int) -> Detector:

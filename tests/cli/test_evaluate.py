@@ -172,9 +172,7 @@ def test_gates_fail_with_code_6_and_say_where(parts: Path, done: Path, tmp_path:
 
 def test_a_run_can_be_the_other_side(parts: Path, runs: Path, done: Path, call: Call) -> None:
     run = next(runs.iterdir()).name
-    found = call(
-        "evaluate", parts, *SAME, "--out", done, "--runs", runs, "--compare", run, "--json"
-    )
+    found = call("evaluate", parts, *SAME, "--out", done, "--runs", runs, "--compare", run, "--json")
     assert found.code == 0, found.err
     lines = {line["metric"]: line for line in found.json()["comparison"]}
     assert lines["pixel_auroc"]["difference"] == pytest.approx(0, abs=0.02)  # other seeds of the same method
@@ -191,9 +189,7 @@ def test_a_failing_cell_gives_code_7_and_its_neighbour_a_row(
     shutil.copytree(parts / "ground_truth", second / "ground_truth")
     (second / "train" / "good").mkdir(parents=True)
     shutil.copy(next((parts / "train" / "good").iterdir()), second / "train" / "good" / "a.png")
-    found = call(
-        "evaluate", parts, second, *FIT, "--out", tmp_path / "e", "--json", "--keep", "--runs", tmp_path / "r"
-    )
+    found = call("evaluate", parts, second, *FIT, "--out", tmp_path / "e", "--json", "--keep", "--runs", tmp_path / "r")
     assert found.code == 7, found.err
     rows = {row["class"]: row for row in found.json()["rows"]}
     assert "at least 2" in rows["few"]["error"] and rows["my parts"]["image_auroc"] == 1.0

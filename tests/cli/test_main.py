@@ -91,9 +91,7 @@ def test_evaluate_prints_one_object_with_fractions(parts: Path, runs: Path, call
     assert "pixel" in call("evaluate", parts, "--runs", runs).out
 
 
-def test_darker_images_are_warned_of_until_calibrated_anew(
-    parts: Path, runs: Path, tmp_path: Path, call: Call
-) -> None:
+def test_darker_images_are_warned_of_until_calibrated_anew(parts: Path, runs: Path, tmp_path: Path, call: Call) -> None:
     copy = tmp_path / "d.safetensors"
     copy.write_bytes(next(runs.glob("*/detector.safetensors")).read_bytes())
     rng = np.random.default_rng(7)
@@ -149,9 +147,7 @@ def test_bad_input_is_one_clear_line(
     assert words in done.err and "Traceback" not in done.err and done.out == ""
 
 
-def test_a_corrupt_image_is_named_and_skipped_or_fatal(
-    parts: Path, runs: Path, tmp_path: Path, call: Call
-) -> None:
+def test_a_corrupt_image_is_named_and_skipped_or_fatal(parts: Path, runs: Path, tmp_path: Path, call: Call) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
     good = next((parts / "test" / "good").iterdir())
