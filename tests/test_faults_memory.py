@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from adflow._stores import RamStore
 from conftest import TinyBackbone, make_tiny_images
 
 from adflow import features
+from adflow._rows import RamStore
 from adflow._system import free_memory
 from adflow.errors import ResourceError
 from adflow.features import FeatureBank

@@ -233,10 +233,10 @@ def test_no_room_on_disk_is_said_before_anything_is_written(
 def test_a_disk_that_fills_up_is_one_clear_error(
     tiny_backbone: Backbone, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adflow import _stores
+    from adflow import _rows
 
     with Path("/dev/full").open("r+b", buffering=0) as full:
-        monkeypatch.setattr(_stores.tempfile, "TemporaryFile", lambda **options: full)
+        monkeypatch.setattr(_rows.tempfile, "TemporaryFile", lambda **options: full)
         with pytest.raises(ResourceError, match="the disk is full"):
             FeatureBank.build(tiny_backbone, source, memory=0, folder=tmp_path)
 

@@ -230,6 +230,11 @@ class CFlow(FeatureDetector):
         self.at_once = TOGETHER if joint and whiten == "context" and normaliser == "none" else 1
         self.max_memory = max_memory
 
+    @property
+    def learns_from_bank(self) -> bool:
+        """Return whether features of the images are of use: not where the images are turned."""
+        return not self.rotate
+
     @classmethod
     def recipe_for(cls, recipe: str, class_: str | None = None) -> dict[str, Any]:
         """Return the settings of ``recipe``; "paper" has the original's input size per class."""

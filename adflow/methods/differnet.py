@@ -213,6 +213,11 @@ class DifferNet(Detector):
         x = y - self.mean[groups].unsqueeze(1)
         return x if self.whiten == "none" else torch.bmm(x, self.matrix[groups])
 
+    @property
+    def learns_from_bank(self) -> bool:
+        """Return whether features of the images are of use: never, it is turned ones that it learns from."""
+        return False
+
     def fit(
         self,
         images: ImageSource | Tensor,

@@ -12,7 +12,7 @@ import torch
 
 from adflow.calibration import Calibration
 from adflow.data import Images, Sample
-from adflow.detector import Detector, FeatureDetector, Progress, Resources
+from adflow.detector import Detector, Energy, FeatureDetector, Progress, Resources
 from adflow.features import FeatureBank, one_thread
 from adflow.imaging import Box, Size, fit_to, read_image
 from adflow.pipeline import default_workers
@@ -89,6 +89,14 @@ class TrainFeatures:
         with one_thread(), ThreadPoolExecutor(self._workers, "adflow-calibrate") as pool:
             found = list(pool.map(score, (row for _, row in rows)))
         return Calibration.from_maps([m for m, _ in found], np.array([value for _, value in found]))
+
+    def energies(self, detector: Detector, indices: Sequence[int]) -> list[list[Energy]] | None:
+        """Return the energies of training images one by one, or None when features cannot stand for the files."""
+        rows = [self._row[i] for i in indices if i in self._row]
+        if not rows or not self._exact or not isinstance(detector, FeatureDetector):
+            return None
+        with torch.inference_mode(), one_thread():
+            return [detector.energy_features(self.bank.pyramid([row])) for row in rows]
 
     def _alike(self, detector: FeatureDetector, index: int, row: int, box: Box) -> bool:
         """Return whether one image scores the same bits from its features and from its file.

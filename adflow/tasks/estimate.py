@@ -24,6 +24,7 @@ from adflow.errors import InputError
 from adflow.features import DTYPES, FeatureBank
 from adflow.imaging import Size
 from adflow.pipeline import run
+from adflow.tasks._bank import can_share
 from adflow.tasks._device import choose_device
 from adflow.tasks.fit import FitOptions, hold_out, prepare
 
@@ -85,7 +86,10 @@ def estimate(data: Dataset, options: FitOptions) -> dict[str, Any]:
     score = max(probes[-1].score, _extended([(p.images, p.score) for p in probes], most))
     extra = max(probes[-1].extra, _extended([(p.images, float(p.extra)) for p in probes], most))
     times = options.folds + 1 if options.folds > 1 else 1
-    count = len(data.train) if options.folds > 1 else most
+    shared = not own and bool(held or options.folds > 1) and can_share(detector, options.settings)
+    if shared:  # calibration scores from the features of the fit
+        score = max(0.0, score - per_image)
+    count = len(data.train) if shared else most
     scored = len(data.train) if options.folds > 1 else len(held)
     if options.folds <= 1 and held:
         scored += len(range(0, most, max(1, most // len(held))))  # images of the fit that are scored beside them

@@ -237,8 +237,8 @@ def fit_detector(
 ) -> dict[str, Any]:
     """Fit and calibrate ``detector`` in place; return counts and seconds.
 
-    With folds every image passes the backbone once for all of them; ``features`` brings what others have extracted.
-    Neither changes any bit of the result.
+    Every image passes the backbone once, for fit, folds and calibration; ``features`` brings what others have
+    extracted. Neither changes any bit of the result.
 
     Raises:
         InputError: fewer than 2 images to fit on.
@@ -253,17 +253,18 @@ def fit_detector(
     detector.to(choose_device(options.device))
     detector.keep_aspect = keep_aspect
     own = None
-    if features is None and options.folds > 1 and can_share(detector, options.settings):
+    if features is None and (held or options.folds > 1) and can_share(detector, options.settings):
         own = features = TrainFeatures(detector, train, size, keep_aspect, options.strict, options.resources, progress)
     try:
         learned, skipped, fit_scores = _learn(
             detector, train, chosen, held, options, size, keep_aspect, progress, features
         )
+        done = time.perf_counter()
+        gaussian = held and detector.has_null and _ranks.rank() == 0
+        null = _null_health(detector, train, held, features) if gaussian else None
     finally:
         if own is not None:
             own.close()
-    done = time.perf_counter()
-    gaussian = held and detector.has_null and _ranks.rank() == 0
     detector.provenance = {
         "adflow": __version__,
         "torch": torch.__version__,
@@ -288,7 +289,7 @@ def fit_detector(
         "skipped": skipped,
         "seconds": {"fit": round(learned - began, 3), "calibration": round(done - learned, 3)},
         "calibration": None if detector.calibration is None else detector.calibration.health(fit_scores),
-        "null": _null_health(detector, Chosen(train, held)) if gaussian else None,
+        "null": null,
         "digest": digest({k: v.cpu() for k, v in detector.learned().items()}, {}),
     }
 
@@ -360,11 +361,15 @@ def _calibration(detector: Detector, good: Sequence[Sample], strict: bool, worke
     return parts[0] if len(parts) == 1 else Calibration.merge(parts)
 
 
-def _null_health(detector: Detector, good: Sequence[Sample], most: int = 32) -> list[dict[str, Any]]:
+def _null_health(
+    detector: Detector, train: Sequence[Sample], held: Sequence[int], features: TrainFeatures | None, most: int = 32
+) -> list[dict[str, Any]]:
     """Return per scale how the energies of held-out images compare with the Gaussian null model's chi-square."""
     assert detector.size is not None
-    images = Images(good[:most], detector.size, keep_aspect=detector.keep_aspect)
-    parts = [detector.energies(batch) for batch in images.batches(8)]
+    parts = None if features is None else features.energies(detector, held[:most])
+    if parts is None:
+        images = Images(Chosen(train, held[:most]), detector.size, keep_aspect=detector.keep_aspect)
+        parts = [detector.energies(batch) for batch in images.batches(8)]
     energies = [
         (np.concatenate([part[k].chi2.cpu().numpy() for part in parts]), parts[0][k].dof) for k in range(len(parts[0]))
     ]
