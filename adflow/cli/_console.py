@@ -8,13 +8,19 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.text import Text
 
 Step = Callable[[int, int, str], None]
 
@@ -109,6 +115,35 @@ class Talk:
         finally:
             if live:
                 bar.stop()
+
+
+def image_table(
+    columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str | Text]]], below: str | None = None
+) -> Group:
+    """Return a table with a line per image and right-aligned ``columns``, and a line of text ``below`` it.
+
+    Images are written as they lie below the folder they have in common, and that once above them: long paths would
+    break every line.
+    """
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from adflow.imaging import show
+
+    try:
+        root = PurePath(os.path.commonpath([PurePath(image).parent for image, _ in rows]))
+    except ValueError:  # no image, paths of several drives, or relative ones beside absolute ones
+        root = PurePath()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("image", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for image, cells in rows:
+        table.add_row(Text(show(str(PurePath(image).relative_to(root)) if root.parts else image)), *cells)
+    lines = [f"in {show(str(root))}" if root.parts else None, below]
+    first, last = (Text(line or "", style="dim") for line in lines)
+    return Group(*([first] if first else []), table, *([last] if last else []))
 
 
 def print_json(value: Any) -> None:

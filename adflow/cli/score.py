@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from adflow.cli import _options as o
-from adflow.cli._console import Talk
+from adflow.cli._console import Talk, image_table
 
 
 def score(
@@ -88,24 +88,19 @@ def _profile(profile: dict[str, Any]) -> list[str]:
 
 
 def _table(result: dict[str, Any], top: int) -> Any:
-    from rich.table import Table
     from rich.text import Text
 
-    from adflow.imaging import show
-
     rows = sorted((r for r in result["rows"] if not r["error"]), key=lambda row: -row["score"])
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("image", overflow="fold")
-    for name in ("score", "p-value", "verdict"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows[: top or None]:
-        verdict = row["verdict"] or "-"
-        table.add_row(
-            Text(show(row["image"])),
-            f"{row['score']:.4g}",
-            "-" if row["p_value"] is None else f"{row['p_value']:.3f}",
-            Text(verdict, style="bold red" if verdict == "defect" else ""),
+    shown = [
+        (
+            row["image"],
+            (
+                f"{row['score']:.4g}",
+                "-" if row["p_value"] is None else f"{row['p_value']:.3f}",
+                Text(row["verdict"] or "-", style="bold red" if row["verdict"] == "defect" else ""),
+            ),
         )
-    if top and len(rows) > top:
-        table.caption = f"the {top} highest of {len(rows)} (--top 0 shows all)"
-    return table
+        for row in rows[: top or None]
+    ]
+    below = f"the {top} highest of {len(rows)} (--top 0 shows all)" if top and len(rows) > top else None
+    return image_table(("score", "p-value", "verdict"), shown, below)

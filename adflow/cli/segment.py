@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from adflow.cli import _options as o
-from adflow.cli._console import Talk
+from adflow.cli._console import Talk, image_table
 
 
 def segment(
@@ -94,25 +94,21 @@ def segment(
 
 
 def _table(result: dict[str, Any]) -> Any:
-    from rich.table import Table
     from rich.text import Text
 
-    from adflow.imaging import show
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("image", overflow="fold")
-    for name in ("regions", "pixels", "log10 NFA", "verdict"):
-        table.add_column(name, justify="right", no_wrap=True)
     rows = [row for row in result["images"] if not row["error"]]
     rows.sort(key=lambda row: (row["log10_nfa"] if row["log10_nfa"] is not None else 0.0, -row["score"]))
-    for row in rows[:20]:
-        table.add_row(
-            Text(show(row["image"])),
-            str(row["regions"]),
-            str(row["area"]),
-            "-" if row["log10_nfa"] is None else f"{row['log10_nfa']:.2f}",
-            Text(row["verdict"], style="bold red" if row["verdict"] == "defect" else ""),
+    shown = [
+        (
+            row["image"],
+            (
+                str(row["regions"]),
+                str(row["area"]),
+                "-" if row["log10_nfa"] is None else f"{row['log10_nfa']:.2f}",
+                Text(row["verdict"], style="bold red" if row["verdict"] == "defect" else ""),
+            ),
         )
-    if len(rows) > 20:
-        table.caption = f"the 20 strongest of {len(rows)}; all are in images.csv"
-    return table
+        for row in rows[:20]
+    ]
+    below = f"the 20 strongest of {len(rows)}; all are in images.csv" if len(rows) > 20 else None
+    return image_table(("regions", "pixels", "log10 NFA", "verdict"), shown, below)

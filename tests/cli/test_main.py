@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
+
+from adflow.cli._console import image_table
 
 from .conftest import Call, write_part
 
@@ -176,3 +179,14 @@ def test_no_permission_to_write_is_said(parts: Path, runs: Path, tmp_path: Path,
     blocker.write_text("x")
     done = call("score", parts / "test", "--runs", runs, "--out", blocker / "below")
     assert done.code in (3, 5) and "cannot write" in done.err
+
+
+def test_tables_name_images_below_the_folder_they_share(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*images: str) -> str:
+        Console(width=60).print(image_table(["score"], [(image, ["1"]) for image in images]))
+        return capsys.readouterr().out
+
+    several = shown("/a/b/good/0.png", "/a/b/bad/1.png")
+    assert "in /a/b" in several and "good/0.png" in several and "/a/b/good" not in several
+    assert "x.png" in shown("x.png") and "/a/x.png" in shown("/a/x.png", "y/z.png")
+    assert "in " not in shown("x.png", "y/z.png")
