@@ -89,7 +89,7 @@ def test_image_metrics_are_those_of_sklearn(rows):
 def test_positives_beyond_one_block_carry_over(monkeypatch):
     maps, masks = example(levels=12)
     whole = metrics.pixel_metrics(maps, masks, points=30)
-    monkeypatch.setattr("adflow._metrics_rank._BLOCK", 7)  # ties now straddle the blocks
+    monkeypatch.setattr("adflow.metrics._rank._BLOCK", 7)  # ties now straddle the blocks
     blocks = metrics.pixel_metrics(maps, masks, points=30)
     for name in ("auroc", "ap", "f1_max", "f1_threshold", "aupro"):
         agrees(getattr(blocks, name), getattr(whole, name))
@@ -328,8 +328,8 @@ def test_streaming_is_close_on_ordinary_maps_and_exact_where_no_bin_is_shared():
 
 
 def test_streaming_survives_more_octaves_than_it_has_pages(monkeypatch):
-    monkeypatch.setattr("adflow._metrics_streaming._PAGES", 20)
-    monkeypatch.setattr("adflow._metrics_streaming._SLOTS", (1 << 16) + 20 * 64)
+    monkeypatch.setattr("adflow.metrics._streaming._PAGES", 20)
+    monkeypatch.setattr("adflow.metrics._streaming._SLOTS", (1 << 16) + 20 * 64)
     maps, masks = example(n=9)
     within_bounds(np.exp(8 * maps), masks)
     # Merging a stream whose pages ran out into one whose pages did not, and the reverse.
