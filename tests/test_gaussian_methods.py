@@ -54,6 +54,8 @@ def test_padim_of_parts_is_padim_of_the_whole() -> None:
     pieces = [vectors[:2], vectors[2:40], vectors[40:]]
     whole = PositionGaussians.statistics(lambda: [vectors])
     white = global_whitening(lambda: [vectors], 5, 0.01)
+    known = torch.from_numpy(np.cov(vectors.reshape(-1, 5).numpy().T))
+    reach = known.diagonal().sqrt().unsqueeze(1) * known.diagonal().sqrt()
     for order in ((0, 1, 2), (2, 0, 1)):
         merged = PositionGaussians.statistics(lambda order=order: [pieces[order[0]]])
         everywhere = Moments(1, 5)
@@ -67,7 +69,9 @@ def test_padim_of_parts_is_padim_of_the_whole() -> None:
         size = scale.unsqueeze(2) * scale.unsqueeze(1)  # what an entry of a covariance is measured against
         assert float(((merged.covariance() - whole.covariance()) / size).abs().max()) < 1e-9
         assert float(((merged.mean - whole.mean) / scale).abs().max()) < 1e-9
-        np.testing.assert_allclose(whitening(everywhere, 0.01).spectrum, white.spectrum, rtol=1e-9)
+        for pooled in (everywhere, merged.pooled()):
+            assert float(((pooled.covariance()[0] - known) / reach).abs().max()) < 1e-9
+            np.testing.assert_allclose(whitening(pooled, 0.01).spectrum, white.spectrum, rtol=1e-9)
         models = [PositionGaussians(6, 5) for _ in range(2)]
         for model, moments in zip(models, (whole, merged), strict=True):
             model.learn(moments, white, slice(None), ridge=0.01, shrinkage=0.3)

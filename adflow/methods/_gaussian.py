@@ -96,14 +96,16 @@ class PositionGaussians(nn.Module):
             InputError: fewer than two images, or features that are not finite.
         """
         positions, width = self.mean_.shape
-        white = global_whitening(batches, width, ridge) if whiten else None
         # A pass over the data costs more than what is learned from it: half of the room holds as many scatters as it
-        # can, the other half is to work in.
+        # can, the other half is to work in. Where all are held at once, they say what all positions share as well.
         held = max(1, work // 2 // (8 * width * width))
+        white = global_whitening(batches, width, ridge) if whiten and held < positions else None
         step = max(1, work // 2 // self._work(width))
         for first in range(0, positions, held):
             last = min(first + held, positions)
             moments = self.statistics(batches, slice(first, last))
+            if whiten and white is None:
+                white = whitening(moments.pooled(), ridge)
             for start in range(first, last, step):
                 part = slice(start, min(start + step, last))
                 here = moments.at(slice(part.start - first, part.stop - first))

@@ -77,6 +77,16 @@ class Moments:
             self.scatter.baddbmm_(step.unsqueeze(2) * weight, step.unsqueeze(1))
         self.count = total
 
+    def pooled(self) -> Moments:
+        """Return the moments of the vectors of all positions together, as if seen at one."""
+        positions, width = self.mean.shape
+        whole = Moments(1, width)
+        whole.count = self.count * positions
+        whole.mean = self.mean.mean(dim=0, keepdim=True)
+        off = self.mean - whole.mean
+        whole.scatter = (self.scatter.sum(dim=0) + self.count * (off.T @ off)).unsqueeze(0)
+        return whole
+
     def covariance(self) -> Tensor:
         """Return the unbiased covariance [P, C, C] float64.
 

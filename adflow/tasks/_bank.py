@@ -70,11 +70,18 @@ class TrainFeatures:
         return self.bank.subset([self._row[i] for i in indices if i in self._row])
 
     def calibration(self, detector: Detector, indices: Sequence[int]) -> Calibration | None:
-        """Calibrate on training images from their features: the same bits as from their files, without decoding.
+        """Calibrate on training images from their features; None as for :meth:`scores`."""
+        found = self.scores(detector, indices)
+        if found is None:
+            return None
+        return Calibration.from_maps([m for m, _ in found], np.array([value for _, value in found]))
+
+    def scores(self, detector: Detector, indices: Sequence[int]) -> list[tuple[np.ndarray, float]] | None:
+        """Score training images from their features: the same bits as from their files, without decoding.
 
         Returns:
-            None when features cannot stand for the files (rounded, letterboxed, another device or another way of
-            scoring); then calibrate from the files.
+            Map and image score of the readable ones; None when features cannot stand for the files (rounded,
+            letterboxed, another device or another way of scoring): then score the files.
         """
         rows = [(i, self._row[i]) for i in indices if i in self._row]
         if not rows or not self._exact or not isinstance(detector, FeatureDetector):
@@ -83,12 +90,11 @@ class TrainFeatures:
         if not self._alike(detector, *rows[0], box):
             return None
 
-        def score(row: int) -> tuple[Any, float]:
+        def score(row: int) -> tuple[np.ndarray, float]:
             return _score(detector, self.bank, row, box)
 
         with one_thread(), ThreadPoolExecutor(self._workers, "adflow-calibrate") as pool:
-            found = list(pool.map(score, (row for _, row in rows)))
-        return Calibration.from_maps([m for m, _ in found], np.array([value for _, value in found]))
+            return list(pool.map(score, (row for _, row in rows)))
 
     def energies(self, detector: Detector, indices: Sequence[int]) -> list[list[Energy]] | None:
         """Return the energies of training images one by one, or None when features cannot stand for the files."""
@@ -123,7 +129,7 @@ class TrainFeatures:
         self.close()
 
 
-def _score(detector: FeatureDetector, bank: FeatureBank, row: int, box: Box) -> tuple[Any, float]:
+def _score(detector: FeatureDetector, bank: FeatureBank, row: int, box: Box) -> tuple[np.ndarray, float]:
     with torch.inference_mode():
         pyramid = bank.pyramid([row])
         maps = detector.score_maps(pyramid, bank.size)

@@ -328,6 +328,13 @@ def _learn(
         known = None if features is None else features.calibration(detector, indices)
         return known or _calibration(detector, Chosen(train, indices), options.strict, options.resources.workers)
 
+    def seen(indices: Sequence[int]) -> np.ndarray:
+        known = None if features is None else features.scores(detector, indices)
+        if known is not None:
+            return np.array([value for _, value in known])
+        scored = run(detector, Chosen(train, indices), strict=options.strict, workers=options.resources.workers)
+        return np.array([one.image for one in scored if one.error is None])
+
     out_of_fold: list[Calibration | None] = []
     if options.folds > 1:
         order = np.random.default_rng(options.seed).permutation(len(train))
@@ -343,8 +350,8 @@ def _learn(
         detector.calibration = Calibration.merge(parts) if parts else None
     elif held:
         detector.calibration = calibrated(held)
-        seen = calibrated(chosen[:: max(1, len(chosen) // len(held))])
-        fit_scores = None if seen is None else seen.scores
+        if _ranks.rank() == 0:
+            fit_scores = seen(chosen[:: max(1, len(chosen) // len(held))])
     return learned, list(dict.fromkeys(skipped)), fit_scores
 
 
