@@ -5,13 +5,15 @@
 FOLDER is laid out like MVTec AD. adflow's side is what ``adflow fit`` does, calibration on held-out images and the file
 included; anomalib's is its own default with one pass over the images (longer trainings need a GPU), its checkpoint
 included. One run each, in a process of its own, measured by the same code at 256 px. Then the trained peers once more
-with the time adflow took, as many passes as fit into it: quality at equal time. What is in the cache is not run again.
+with the time adflow took, as many passes as fit into it: quality at equal time. ``--curve`` adds shorter trainings of
+both sides, and longer ones of the peer: quality against time. What is in the cache is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "csflow": {"recipes": ("fast",)},
 }
 TRAINED = ("cflow", "fastflow", "uflow", "csflow")
+# Points of the curves: adflow's recipe with shorter trainings, and the peer's in shares of the time of its one pass.
+SHORTER: dict[str, tuple[str, list[dict[str, int]]]] = {
+    "cflow": ("trained", [{"steps": 25}, {"steps": 100}]),
+    "fastflow": ("fast", [{"epochs": 1}]),
+    "uflow": ("fast", [{"epochs": 1}, {"epochs": 2}]),
+}
+SHARES = (0.25, 0.5, 2.0)
 
 
-def adflow_fit(root: str, method: str, recipe: str) -> Call:
+def adflow_fit(root: str, method: str, recipe: str, **settings: Any) -> Call:
     import torch
 
     from adflow.data import open_data
@@ -41,8 +50,12 @@ def adflow_fit(root: str, method: str, recipe: str) -> Call:
 
     torch.set_num_threads(cores())
     data = open_data(Path(root))[0]
-    options = FitOptions(method=method, recipe=recipe, device="cpu")
-    prepare(data, options)  # so that everything is imported, as it is on the other side
+    options = FitOptions(method=method, recipe=recipe, device="cpu", settings=settings)
+    prepare(data, options)
+    # Imports and compiled code come before the clock, as they do on the other side.
+    small = FitOptions(method="padim", device="cpu", size=(64, 64))
+    detector, size, keep_aspect = prepare(data, small)
+    fit_detector(detector, data.train[:12], small, size, keep_aspect)
 
     def call() -> dict[str, Any]:
         with measured() as took:
@@ -111,14 +124,32 @@ def contests(root: Path, method: str, cache: Path | None) -> dict[str, Outcome]:
     return found
 
 
+def curve(root: Path, method: str, cache: Path | None) -> dict[str, Outcome]:
+    """Run (or read) trainings of both sides that end earlier or later, in order of their duration."""
+    found = contests(root, method, cache)
+    recipe, shorter = SHORTER[method]
+    sides: Sides = {}
+    for settings in shorter:
+        name = f"adflow {method}, recipe {recipe}, " + ", ".join(f"{k} {v}" for k, v in settings.items())
+        sides[name] = (partial(adflow_fit, **settings), str(root), method, recipe)
+    whole = next(one for name, one in found.items() if name == f"anomalib {method}").median
+    for share in SHARES if whole == whole else ():
+        name = f"anomalib {method}, stopped at {share:g} of the time of one pass"
+        sides[name] = (anomalib_fit, str(root), method, {}, share * whole)
+    found |= cached(f"fit/{root.name}", sides, cache)
+    return dict(sorted(found.items(), key=lambda item: item[1].median))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--curve", action="store_true", help="shorter and longer trainings too, where there is one")
     parser.add_argument("--cache", type=Path)
     options = parser.parse_args()
     for method in options.methods.split(","):
-        found = contests(options.folder.resolve(), method, options.cache)
+        run = curve if options.curve and method in SHORTER else contests
+        found = run(options.folder.resolve(), method, options.cache)
         show(f"fit {method} on {options.folder.name}", found)
 
 
