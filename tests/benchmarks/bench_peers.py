@@ -1,7 +1,7 @@
 """The one table: adflow beside its peers and the floors on the same images, weights and cores, and which bars hold.
 
     pip install -e ".[bench]"
-    python tests/benchmarks/bench_peers.py FOLDER [--only fit,predict,metrics,memory,nfa] [--cache FILE]
+    python tests/benchmarks/bench_peers.py FOLDER [--only start,metrics,memory,nfa,predict,fit,grow] [--cache FILE]
 
 FOLDER is laid out like MVTec AD (train/good, test, ground_truth). Sides of one comparison run in turn, each in a
 process of its own, with as many threads as there are cores (``taskset -c 0`` in front gives each one). Seconds are
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,9 +23,13 @@ import bench_memory
 import bench_metrics
 import bench_nfa
 import bench_predict
+import bench_score
+import bench_start
 from _contest import HEAD, Outcome, Sides, cached, cores, lines
 
-PARTS = ("fit", "predict", "metrics", "memory", "nfa")
+from adflow.data import list_images
+
+PARTS = ("start", "metrics", "memory", "nfa", "predict", "fit", "grow")
 ROUNDS = 5
 MAPS = (100, 256)  # how many, and their side
 ROWS = (40_000, 232, 300)  # of the coreset: how many to choose from, their length, how many are chosen
@@ -33,8 +38,8 @@ Found = dict[str, Outcome]
 
 
 def side(found: Found, start: str) -> Outcome:
-    """Return the side whose name starts like that; an empty outcome, of NaN, when there is none."""
-    return next((one for name, one in found.items() if name.startswith(start)), Outcome())
+    """Return the side of that name, else one whose name starts so; an empty outcome, of NaN, when there is none."""
+    return found.get(start) or next((one for name, one in found.items() if name.startswith(start)), Outcome())
 
 
 def ratio(found: Found, slow: str, quick: str) -> float:
@@ -65,9 +70,15 @@ class Table:
             self.bars.append(f"| {what} | {wanted} | {value:.2f} | {'yes' if held else 'no'} |")
 
 
+def start(table: Table, folder: Path) -> None:
+    found = table.run("start", "from a command to its end", bench_start.sides(folder))
+    for name, limit in bench_start.LIMITS.items():
+        table.bar(f"{name}: seconds", found[name].median, limit, at_most=True)
+
+
 def fit(table: Table, folder: Path, methods: list[str]) -> None:
     for method in methods:
-        found = bench_fit.contests(folder, method, table.cache)
+        found = (bench_fit.curve if method in bench_fit.SHORTER else bench_fit.contests)(folder, method, table.cache)
         table.show(f"fit {method}, {folder.name}", found)
         ours, theirs = f"adflow {method}, recipe fast", f"anomalib {method}"
         if method in BARS:
@@ -147,18 +158,22 @@ def main() -> None:
     folder, wanted = given.folder.resolve(), given.only.split(",")
     print(environment() + "\n")
     table = Table(given.cache)
-    if "metrics" in wanted:
-        metrics(table)
-    if "memory" in wanted:
-        memory(table)
-    if "nfa" in wanted:
-        nfa(table)
-    if "predict" in wanted:
-        predict(table, folder, given.images)
-    if "fit" in wanted:
-        fit(table, folder, given.methods.split(","))
+    works: dict[str, Callable[[], None]] = {
+        "start": lambda: start(table, folder),
+        "metrics": lambda: metrics(table),
+        "memory": lambda: memory(table),
+        "nfa": lambda: nfa(table),
+        "predict": lambda: predict(table, folder, given.images),
+        "fit": lambda: fit(table, folder, given.methods.split(",")),
+    }
+    for name, work in works.items():
+        if name in wanted:
+            work()
     print("\n| bar | wanted | measured | held |\n|---|---|---|---|")
     print("\n".join(table.bars))
+    if "grow" in wanted:
+        print()
+        bench_score.grow(bench_start.fitted(folder), list_images(folder / "test"))
 
 
 if __name__ == "__main__":
