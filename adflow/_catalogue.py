@@ -163,14 +163,15 @@ def decode(raw: Mapping[str, Any]) -> Entries:
     for entry in backbones.values():
         for part in entry.parts:
             if part not in backbones:
-                raise InputError(f"zoo.yaml: backbones.{entry.name}.parts: '{part}' is no backbone of the catalogue")
+                where = f"zoo.yaml: backbones.{entry.name}.parts"
+                raise InputError(f"{where}: {brief(part)} is no backbone of the catalogue")
     for detector in detectors.values():
         where = f"zoo.yaml: detectors.{detector.name}"
         if detector.backbone not in backbones:
-            raise InputError(f"{where}.backbone: '{detector.backbone}' is no backbone of the catalogue")
+            raise InputError(f"{where}.backbone: {brief(detector.backbone)} is no backbone of the catalogue")
         family, _, class_ = detector.dataset.partition("/")
         if family not in datasets or (class_ and class_ not in datasets[family].classes):
-            raise InputError(f"{where}.dataset: '{detector.dataset}' is no data set of the catalogue")
+            raise InputError(f"{where}.dataset: {brief(detector.dataset)} is no data set of the catalogue")
     return datasets, backbones, detectors
 
 
@@ -183,7 +184,7 @@ def _fields(raw: Any, where: str, required: Iterable[str], optional: Iterable[st
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             guess = f"did you mean '{near[0]}'? " if near else ""
-            raise InputError(f"{where}: unknown field '{key}'; {guess}Known: {', '.join(known)}")
+            raise InputError(f"{where}: unknown field {brief(key)}; {guess}Known: {', '.join(known)}")
     missing = [key for key in required if key not in raw]
     if missing:
         raise InputError(f"{where}: missing {', '.join(missing)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import secrets
@@ -11,8 +12,12 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from adflow.errors import AdflowError, InputError, ResourceError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "Free some space or choose another place."),
@@ -110,6 +115,16 @@ def write_text(path: Path, text: str) -> None:
     """
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def encoded(picture: Image.Image, suffix: str, **options: Any) -> bytes:
+    """Return a picture as a file's content; ``suffix`` chooses the format.
+
+    Pillow's own JPEG writer does not notice when a disk that fills up takes the last block in part; Python's does.
+    """
+    stream = io.BytesIO()
+    picture.save(stream, {".jpg": "JPEG", ".jpeg": "JPEG"}.get(suffix.lower(), suffix[1:]), **options)
+    return stream.getvalue()
 
 
 def _system_error(number: int) -> OSError:

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from adflow._files import atomic_write
+from adflow._files import atomic_write, encoded
 from adflow.errors import InputError
 
 Verdict = Literal["good", "defect"]
@@ -202,7 +202,7 @@ def write_overlay(path: Path, *args: Any, **options: Any) -> Path:
     panel = overlay(*args, **options)
     with atomic_write(path) as temporary:
         # Level 1 takes a third of the time of the default 6 and makes photographs about a tenth larger.
-        panel.save(temporary, compress_level=1, quality=90)
+        temporary.write_bytes(encoded(panel, path.suffix, compress_level=1, quality=90))
     return path
 
 

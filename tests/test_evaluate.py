@@ -19,7 +19,7 @@ from adflow import metrics
 from adflow.calibration import Calibration
 from adflow.data import Dataset, open_data
 from adflow.detector import Detector, Progress, Resources, Scores
-from adflow.errors import AdflowError, GateError, InputError, UsageError
+from adflow.errors import AdflowError, GateError, InputError, ResourceError, UsageError
 from adflow.features import FeatureBank
 from adflow.tasks import _cells, _difference, _jobs, _publish
 from adflow.tasks import evaluate as task
@@ -266,6 +266,24 @@ def test_a_rerun_goes_on_where_it_stopped_and_changes_nothing(
     assert fitted[4:] == ["a0"]
     task.evaluate(plan(spots, "a", (0,)), Measuring(), tmp_path, fresh=True)
     assert fitted[5:] == ["a0"]
+
+
+def test_a_cell_that_is_made_anew_stays_until_then(
+    spots: Dataset, tmp_path: Path, fitted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task.evaluate(plan(spots, "a", (0,)), Measuring(), tmp_path)
+    cell = tmp_path / "cells" / "plate-a-s0.json"
+    before = cell.read_bytes()
+
+    def full(*_: object) -> None:
+        raise ResourceError("the disk is full")
+
+    with monkeypatch.context() as patch, pytest.raises(ResourceError):
+        patch.setattr(task, "write_cell", full)
+        task.evaluate(plan(spots, "a", (0,)), Measuring(), tmp_path, fresh=True)
+    assert cell.read_bytes() == before
+    task.evaluate(plan(spots, "a", (0,)), Measuring(), tmp_path, fresh=True)
+    assert fitted == ["a0"] * 3 and cell.read_bytes() != before  # what it cost is in it
 
 
 def test_a_cell_of_other_settings_or_data_or_code_is_stale(spots: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

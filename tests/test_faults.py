@@ -13,12 +13,14 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import TinyBackbone, make_tiny_images
 from PIL import Image
 from safetensors import SafetensorError
@@ -35,6 +37,7 @@ from adflow.data import Sample
 from adflow.detector import Detector, Scores
 from adflow.detector_file import digest, load_detector, read_header, save_detector
 from adflow.errors import DetectorFileError, InputError, ResourceError
+from adflow.overlays import Scale, write_overlay
 from adflow.pipeline import run
 from adflow.tasks.segment import output_names
 
@@ -78,6 +81,26 @@ def test_a_writer_that_loses_the_number_of_a_full_disk(tmp_path: Path, monkeypat
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
     with pytest.raises(ResourceError, match="the disk is full"), atomic_write(tmp_path / "a.png"):
         raise complaint
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the length of files as Linux does")
+def test_a_picture_whose_last_bytes_do_not_fit_is_not_written(tmp_path: Path) -> None:
+    """Pillow writes such a JPEG in part and says nothing."""
+    import resource
+
+    path, panel = tmp_path / "a.jpg", np.zeros((64, 64, 3), np.uint8)
+    write = partial(write_overlay, path, panel, np.zeros((64, 64)), scale=Scale.from_alarm(0.0, 1.0))
+    length = write().stat().st_size
+    path.unlink()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (1, length // 2, length - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            with pytest.raises(ResourceError, match="larger than this system allows"):
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_other_errors_of_a_writer_pass_as_they_are(tmp_path: Path) -> None:
@@ -295,6 +318,11 @@ def test_messages_stay_one_short_line(tmp_path: Path) -> None:
     (tmp_path / "zoo.yaml").write_text(f"version: {'x' * 5000}\n")
     with pytest.raises(InputError) as found:
         zoo.load(tmp_path / "zoo.yaml")
+    assert len(str(found.value)) < 300
+    raw = yaml.safe_load(zoo.shipped().read_text(encoding="utf-8"))
+    raw["detectors"]["uflow-mvtec-hazelnut"]["backbone"] = "x" * 5000
+    with pytest.raises(InputError, match="is no backbone of the catalogue") as found:
+        zoo.decode(raw)
     assert len(str(found.value)) < 300
     (tmp_path / "a.tar").write_bytes(b"no archive")
     with pytest.raises(InputError, match="is damaged or not an archive") as found:

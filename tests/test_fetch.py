@@ -718,6 +718,25 @@ def test_killed_in_the_middle_of_unpacking(files: FileServer, tmp_path: Path, wh
     assert sorted(p.name for p in (place / ".adflow").iterdir()) == ["all.json", "lock"]
 
 
+def test_stopped_between_the_last_move_and_the_receipt(
+    files: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = catalogue(files, tmp_path)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("adflow.tasks.download.write_text", stop)
+        download("mini", catalogue=known, patience=FAST)
+    asked = len(files.routes["/mvtec.tar.xz"].asked)
+    assert not download("mini", catalogue=known, patience=FAST).already
+    place = tmp_path / "home" / "data" / "mini"
+    assert _names(place) == _names(tmp_path / "source")
+    assert sorted(p.name for p in (place / ".adflow").iterdir()) == ["all.json", "lock"]
+    assert len(files.routes["/mvtec.tar.xz"].asked) == asked  # the archive was still there
+
+
 def _as_written(entry: dict[str, Any]) -> dict[str, Any]:
     """Turn a plain entry back into what zoo.yaml holds: without names and empty fields."""
 

@@ -213,6 +213,15 @@ def test_cells_are_classified_by_the_densities_of_the_classes(tiny_backbone: Bac
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # float32 factors
 
 
+def test_black_images_in_which_nothing_pasted_shows_leave_the_distance_from_good(tiny_backbone: Backbone) -> None:
+    detector = CutPaste(tiny_backbone).fit(torch.zeros(4, 3, 64, 64))
+    assert len(detector.means_) == 1
+    black, spot = torch.zeros(2, 1, 3, 64, 64)
+    spot[..., 20:40, 20:40] = 1
+    scores = detector.score(torch.cat([black, spot])).image
+    assert torch.isfinite(scores).all() and scores[1] > scores[0]
+
+
 def test_shared_features_of_good_images_change_no_bit_and_a_trained_net_takes_none(
     tiny_backbone: Backbone, tiny_images: TinyImages
 ) -> None:

@@ -31,7 +31,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from adflow._files import make_folder, write_error
+from adflow._files import encoded, make_folder, write_error
 from adflow._video import count
 from adflow.data import Chosen, Dataset, Sample
 from adflow.data._scan import folders_in
@@ -212,7 +212,7 @@ def decode(
             with av.open(str(video)) as container:
                 for index, frame in enumerate(container.decode(video=0)):
                     if index % stride == 0:
-                        frame.to_image().save(beside / f"{index:08d}.jpg", quality=quality)
+                        (beside / f"{index:08d}.jpg").write_bytes(encoded(frame.to_image(), ".jpg", quality=quality))
                         written += 1
         except av.FFmpegError as error:
             shutil.rmtree(beside, ignore_errors=True)

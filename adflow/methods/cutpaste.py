@@ -218,7 +218,7 @@ class CutPaste(FeatureDetector):
             cells = self._cells(pyramid)
             for kind in range(1, _CLASSES):
                 rows[kind].append(cells[own == kind])
-        # A scar may be too thin to cover any cell by much: then there is no such class.
+        # A scar may be too thin to cover any cell by much, and black images show none: then there is no such class.
         self._learn_gaussians([torch.cat(of_class) for of_class in rows if sum(map(len, of_class))])
 
     def _learn_gaussians(self, classes: list[Tensor]) -> None:
@@ -280,7 +280,9 @@ class CutPaste(FeatureDetector):
             score = cells.square().mean(2)
         else:
             log = torch.stack([self.offsets_[k] - 0.5 * self._distances(cells, k) for k in range(len(self.means_))])
-            score = (log[1:].logsumexp(0) - log[0]) / cells.shape[2]
+            # Without any other class all that is left is the distance from good cells.
+            others = log[1:].logsumexp(0) if len(log) > 1 else 0.0
+            score = (others - log[0]) / cells.shape[2]
         return score.reshape(len(cells), *self.grid)
 
     def score_images(self, pyramid: list[Tensor], maps: Tensor, boxes: Sequence[Box] | None) -> Tensor:
@@ -311,7 +313,8 @@ class _Changed:
         for batch in self.source.batches(batch_size):
             for image in batch:
                 made = [change(image, self.generator) for _ in range(self.views) for change in (cut_paste, scar)]
-                self.where += [where for _, where in made]
+                # What looks as before (a piece of a black image on it) is good: it must not teach another class.
+                self.where += [where & (not torch.equal(view, image)) for view, where in made]
                 yield torch.stack([view for view, _ in made])
 
 

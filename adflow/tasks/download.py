@@ -251,7 +251,7 @@ def _download_dataset(
     keep_archive: bool,
 ) -> Downloaded:
     """Fetch, unpack beside, count, move."""
-    beside = place / ".adflow" / f"{class_ or 'all'}.unpacking"
+    beside = _beside(place, class_)
     shutil.rmtree(beside, ignore_errors=True)
     file, only = _archive(entry, class_, call)
     archive: Path | None = None
@@ -273,7 +273,7 @@ def _download_dataset(
         else:
             out = _copy(source or place, entry, class_, beside)
         notes = compare(entry, [class_] if class_ else list(entry.classes), beside, out.names)
-        _move(beside, place)
+        _move(beside, place)  # and keeps the empty folder: the work is not done
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -287,7 +287,13 @@ def _download_dataset(
     write_text(place / ".adflow" / f"{class_ or 'all'}.json", json.dumps(receipt, indent=1) + "\n")
     if archive is not None and source is None and not keep_archive and archive.is_relative_to(call.cache):
         shutil.rmtree(archive.parent, ignore_errors=True)
+    shutil.rmtree(beside, ignore_errors=True)
     return Downloaded(name, [place], already=False, files=len(out.names), notes=notes)
+
+
+def _beside(place: Path, class_: str | None) -> Path:
+    """Return the folder to unpack into; there from the first file to the receipt."""
+    return place / ".adflow" / f"{class_ or 'all'}.unpacking"
 
 
 def _candidates(entry: DatasetEntry, class_: str | None) -> list[File]:
@@ -350,9 +356,13 @@ def _move(beside: Path, place: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
             if target.is_dir() and item.is_dir():
                 target.replace(old)
-            item.replace(target)
+            try:
+                item.replace(target)
+            except OSError:
+                if old.is_dir():
+                    old.replace(target)
+                raise
             shutil.rmtree(old, ignore_errors=True)
-        beside.rmdir()
     except OSError as error:
         raise write_error(place, error) from error
 
@@ -365,6 +375,8 @@ def _present(entry: DatasetEntry, class_: str | None, place: Path) -> bool:
     receipts = [place / ".adflow" / f"{key}.json" for key in ("all", *names)]
     if any(receipt.is_file() for receipt in receipts[:1]) or all(r.is_file() for r in receipts[1:]):
         return True
+    if _beside(place, class_).exists():
+        return False  # whoever brought it was killed
     with contextlib.suppress(InputError):
         counted = all(v is not None for n in names for v in entry.classes[n].counts.values())
         return counted and not compare(entry, names, place, None)

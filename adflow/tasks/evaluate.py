@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 import traceback
@@ -86,6 +87,12 @@ class _Item:
     out: Path
     keep: Path | None
     command: str | None
+    stale: str | None = None  # sha256 of a cell that is there and is to be made anew
+
+    def made(self) -> dict[str, Any] | None:
+        """Return the cell when it is there, and not the one that is to be made anew."""
+        path = self.out / "cells" / f"{self.job.name}.json"
+        return None if self.stale is not None and _sha256(path) == self.stale else read_cell(path, self.job.key)
 
 
 def evaluate(
@@ -153,12 +160,12 @@ def evaluate(
     reused = len(found)
     workers = cluster.cpus if cluster else measuring.workers or max(1, default_workers() // max(1, processes))
     measuring = replace(measuring, workers=workers)
-    for index in pending:
-        # A unit that is begun again takes the cells that are there: these are to be made anew.
-        if read_cell(folder / f"{jobs[index].name}.json", jobs[index].key) is not None:
-            (folder / f"{jobs[index].name}.json").unlink()
     units = _units(jobs, pending, processes)
-    items = [[_Item(jobs[i], measuring, out, keep, command) for i in unit] for unit in units]
+    # A unit that is begun again takes the cells that it has made; what was there before stays until then.
+    items = [
+        [_Item(jobs[i], measuring, out, keep, command, _sha256(folder / f"{jobs[i].name}.json")) for i in unit]
+        for unit in units
+    ]
     clock.start()
     results = (
         cluster.units(work, items, [max(jobs[i].memory for i in unit) for unit in units])
@@ -171,12 +178,19 @@ def evaluate(
         if isinstance(result, Exception):
             tell(index, None, _reason(result))
         else:
-            cell = read_cell(folder / f"{jobs[index].name}.json", jobs[index].key)
+            cell = items[unit][place].made()
             missing = None if cell else f"its file did not come: {folder} must be a folder that all nodes see"
             tell(index, cell, missing)
     rows = [_row(found[i]) if i in found else {**job.head, "error": errors[i]} for i, job in enumerate(jobs)]
     cells = [found[i] for i in sorted(found)]
     return Outcome(cells, rows, [(jobs[i], errors[i]) for i in sorted(errors)], reused)
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def _kept(keep: Path, job: Job, cell: dict[str, Any]) -> bool:
@@ -240,7 +254,7 @@ def work(unit: Sequence[_Item], progress: Progress | None = None) -> Iterator[Ex
         for item in unit:
             failed: Exception | None = None
             job = item.job
-            if read_cell(item.out / "cells" / f"{job.name}.json", job.key) is not None:
+            if item.made() is not None:
                 yield None  # made before the node of this unit was lost
                 continue
             try:

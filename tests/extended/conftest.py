@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 from children import Children
 from cli.conftest import write_part
+from servers import file_server
+
+from .stage import Count, Stage, serve_archive
 
 if sys.platform != "linux":
     collect_ignore_glob = ["test_*"]
@@ -22,7 +25,7 @@ COUNTS: dict[str, list[int]] = {}
 
 
 @pytest.fixture
-def count() -> Callable[[str, bool], None]:
+def count() -> Count:
     """Call with a kind and whether it survived."""
 
     def one(kind: str, survived: bool) -> None:
@@ -68,6 +71,19 @@ def children(parts: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -
     ]
     with Children([[*map(str, command), "-q"] for command in commands]) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def places(parts: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What the words of a command in braces stand for, ``out`` aside."""
+    with file_server() as server:
+        yield serve_archive(server, tmp_path_factory.mktemp("archive")) | {"parts": str(parts), "run": str(run)}
+
+
+@pytest.fixture
+def stage(children: Children, places: dict[str, str], tmp_path: Path) -> Callable[[str], Stage]:
+    """Call with the name of a command."""
+    return lambda name: Stage(name, places, children, tmp_path / "out", tmp_path / "home", tmp_path / "older")
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,8 @@ from adflow.imaging import fit_to, image_size, read_image, read_mask
 from adflow.pipeline import run
 from adflow.tasks._cells import read_cell, read_cells
 
-Count = Callable[[str, bool], None]
+from .stage import Count
+
 SECONDS = 10
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,8 @@ from adflow.data import Sample
 from adflow.methods._memory import resident_bytes
 from adflow.tasks.score import score
 
-Count = Callable[[str, bool], None]
+from .stage import Count
+
 IMAGES, BAD = 20_000, 12_345
 
 

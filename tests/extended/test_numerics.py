@@ -1,15 +1,13 @@
-"""Numbers at the edge for every method: the slower half of tests/test_faults_numerics.py, and folders of runs."""
+"""Numbers at the edge for every method: the slower half of tests/test_faults_numerics.py."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
 from test_faults_numerics import Spoiled, check, fit
 from test_methods import NAMES, SIZE, good_images
 
-Count = Callable[[str, bool], None]
+from .stage import Count
 
 
 @pytest.mark.parametrize("name", NAMES)

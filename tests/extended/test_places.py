@@ -7,7 +7,6 @@ import html.parser
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,7 @@ from adflow.data import list_images, open_data
 from adflow.detector_file import load_detector
 from adflow.errors import AdflowError
 
-from .test_kill import places
-
-Count = Callable[[str, bool], None]
-__all__ = ["places"]
+from .stage import Count
 
 NAMES = [
     "plain", "with space", " leading", "trailing ", "comma,semi;colon", 'double"quote', "single'quote", "tab\there",
