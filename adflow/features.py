@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ _GIB = 1 << 30
 _GPU_BATCH = 16  # images per pass on a GPU
 _EXCHANGED = 16  # images a process takes before features are exchanged, where several fit one detector
 
+T = TypeVar("T")
 Progress = Callable[[int, int, str], object]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -376,12 +377,33 @@ class _Extraction:
     def _together(self, images: ImageSource) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
         rows = self._rows(images, _GPU_BATCH)
         while group := list(islice(rows, _GPU_BATCH)):
-            with torch.inference_mode():
-                views = torch.cat([self._view(image, seed) for image, seed in group])
-                pyramid = self.backbone(views.to(self.device))
-                levels = [level.cpu() for level in pyramid]
-            for i in range(len(group)):
-                yield (views.shape[2], views.shape[3]), [level[i : i + 1] for level in levels]
+            views = torch.cat([self._view(image, seed) for image, seed in group])
+            for levels in in_halves(self._pass, views):
+                for i in range(len(levels[0])):
+                    yield (views.shape[2], views.shape[3]), [level[i : i + 1] for level in levels]
+
+    def _pass(self, views: Tensor) -> list[Tensor]:
+        with torch.inference_mode():
+            return [level.cpu() for level in self.backbone(views.to(self.device))]
+
+
+def in_halves(call: Callable[..., T], *batches: Any) -> list[T]:
+    """Return ``[call(*batches)]``; where that does not fit into a GPU's memory, what it gives for parts, in order.
+
+    Args:
+        call: takes some images, and what belongs to them.
+        batches: all of it, each with one row per image.
+    """
+    count = len(batches[0])
+    try:
+        return [call(*batches)]
+    except torch.OutOfMemoryError:
+        if count == 1:
+            raise
+    half = count // 2
+    logging.getLogger("adflow").warning(f"{count} images at once are too many for the GPU: {half} are tried")
+    parts = (slice(half), slice(half, None))
+    return [found for part in parts for found in in_halves(call, *(batch[part] for batch in batches))]
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ Memory is bounded: at most a few images per worker are under way, whatever the l
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -26,7 +25,7 @@ from adflow._system import cores
 from adflow.data import Sample
 from adflow.detector import Detector
 from adflow.errors import InputError
-from adflow.features import one_thread
+from adflow.features import in_halves, one_thread
 from adflow.imaging import Box, fit_to, read_image, show
 
 T = TypeVar("T")
@@ -189,24 +188,16 @@ class _Work:
         began = time.perf_counter()
         taken = [self.inputs.pop(id(scored)) for scored in good]
         images = torch.from_numpy(np.stack([array for array, _ in taken]))
-        maps, values = self._batch(images, [box for _, box in taken])
+        parts = in_halves(self._batch, images, [box for _, box in taken])
+        maps, values = (np.concatenate(found) for found in zip(*parts, strict=True))
         each = (time.perf_counter() - began) / len(good)
         for i, scored in enumerate(good):
             self._take(scored, maps[i], float(values[i]), taken[i][1])
             scored.seconds["score"] = each
 
     def _batch(self, images: torch.Tensor, boxes: list[Box]) -> tuple[np.ndarray, np.ndarray]:
-        """Score a batch on a GPU; in halves when it does not fit into its memory."""
-        try:
-            scores = self.detector.score(images.pin_memory() if torch.cuda.is_available() else images, boxes)
-            return scores.map.cpu().numpy(), scores.image.cpu().numpy()
-        except torch.OutOfMemoryError:
-            if len(images) == 1:
-                raise
-        half = len(images) // 2
-        logging.getLogger("adflow").warning(f"{len(images)} images at once are too many for the GPU: {half} are tried")
-        first, second = self._batch(images[:half], boxes[:half]), self._batch(images[half:], boxes[half:])
-        return np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]])
+        scores = self.detector.score(images.pin_memory() if torch.cuda.is_available() else images, boxes)
+        return scores.map.cpu().numpy(), scores.image.cpu().numpy()
 
     def _take(self, scored: Scored, score_map: np.ndarray, value: float, box: Box) -> None:
         inside = score_map[box.top : box.top + box.height, box.left : box.left + box.width]

@@ -63,6 +63,25 @@ def test_features_go_to_disk_when_ram_is_short_and_stay_the_same(
     assert "go to disk" in caplog.text and "RAM" in caplog.text
 
 
+def test_images_that_do_not_fit_on_the_gpu_pass_in_halves(caplog: pytest.LogCaptureFixture) -> None:
+    class Small(TinyBackbone):
+        def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+            if len(images) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().forward(images)
+
+    images = make_tiny_images(11)
+    plain, small = (features._Extraction(net(), None, None, 1, 1) for net in (TinyBackbone, Small))
+    wanted, found = list(plain._together(images)), list(small._together(images))
+    assert [size for size, _ in found] == [size for size, _ in wanted] and len(found) == 11
+    for (_, mine), (_, theirs) in zip(found, wanted, strict=True):
+        for level, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(level, other)  # kernels round differently for another batch size
+    assert "11 images at once are too many for the GPU: 5 are tried" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        features.in_halves(lambda _: small.backbone(images.normal[:4]), images.normal[:1])
+
+
 def test_no_room_in_ram_and_on_disk_names_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "free_memory", lambda: 1000)
     monkeypatch.setattr(features.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from adflow.backbones import Backbone
 from adflow.detector import Detector, Resources
+from adflow.detector_file import digest
 from adflow.errors import AdflowError
+from adflow.features import one_thread
+from adflow.tasks._jobs import run_units
 
 
 class Spoiled(TinyBackbone):
@@ -81,3 +85,17 @@ def test_features_in_ram_or_on_disk_give_the_same_bits(name: str, tmp_path: Path
                  for resources in (Resources(), Resources(memory=0, folder=tmp_path))]  # fmt: skip
     first, second = (detector.learned() for detector in detectors)
     assert set(first) == set(second) and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def learn(names: Sequence[str]) -> Iterator[str]:
+    """The digest of what each method learns, here or in another process."""
+    for name in names:
+        yield digest(fit(name, good_images(8)).learned(), {})
+
+
+def test_two_processes_learn_the_same_bits_as_one() -> None:
+    units = [NAMES[::2], NAMES[1::2]]
+    with one_thread():  # as in `evaluate`, whatever its --jobs
+        here = [list(learn(unit)) for unit in units]
+    for unit, at, found in run_units(learn, units, 2):
+        assert found == here[unit][at], units[unit][at]

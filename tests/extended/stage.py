@@ -108,18 +108,18 @@ def timeless(name: str, content: bytes) -> Any:
             Path(copy.name).write_bytes(content)
             with safetensors.safe_open(copy.name, framework="np") as stored:
                 tensors = {key: stored.get_tensor(key).tobytes() for key in stored.keys()}  # noqa: SIM118
-                return tensors, _without(json.loads(stored.metadata()["adflow"]))
+                return tensors, without_costs(json.loads(stored.metadata()["adflow"]))
     if name.endswith(".json"):
-        return _without(json.loads(content))
+        return without_costs(json.loads(content))
     if re.search(r"(^|/)(table|report)\.\w+$", name):
         return "there"  # fit time is one of its columns; the others are in table.json
     return content
 
 
-def _without(value: Any) -> Any:
+def without_costs(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without(v) for k, v in value.items() if k not in COSTS and k != "detector_sha256"}
-    return [_without(item) for item in value] if isinstance(value, list) else value
+        return {k: without_costs(v) for k, v in value.items() if k not in COSTS and k != "detector_sha256"}
+    return [without_costs(item) for item in value] if isinstance(value, list) else value
 
 
 def all_whole(out: Path) -> None:
