@@ -1,4 +1,4 @@
-"""Normalizing-flow blocks on FrEIA's graph API, their fast scoring path, key maps of original checkpoints.
+"""Normalizing-flow blocks on FrEIA's graph API, and key maps of original checkpoints; ``_fused`` scores with them.
 
 Every block is a :class:`FrEIA.modules.InvertibleModule`, so that chains (``SequenceINN``) and graphs
 (``GraphINN``) give the forward pass, the inverse and the log-determinant. FrEIA's ``AllInOneBlock`` is not
@@ -387,66 +387,6 @@ def log_likelihood(z: Tensor, logdet: Tensor) -> Tensor:
     """Return log p(x) = -d/2 ln(2 pi) - |z|^2 / 2 + logdet per sample [B] of d entries, natural log."""
     flat = z.flatten(1)
     return -0.5 * (flat.shape[1] * math.log(2.0 * math.pi) + flat.square().sum(1)) + logdet
-
-
-class FusedChain:
-    """The scoring pass of a :func:`chain`, the same function with less work; gradients are not kept.
-
-    What differs from the FrEIA pass: the product of the condition with each first layer is done once (it is
-    the same for every image), the factor 0.1 lies in the last layers, global scale, offset and rotation are
-    one affine map, and the last mixing is left out: lengths do not change under it, ``z`` is equal up to it.
-
-    Args:
-        flow: chain of :class:`AllInOneBlock` with :func:`linear_subnet` networks.
-        condition: [P, D], row p belongs to position p of every image; None for unconditional chains.
-        dtype: of the matrix products; everything else stays in the weights' own precision.
-    """
-
-    def __init__(self, flow: SequenceINN, condition: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
-        self._steps: list[tuple[AllInOneBlock, list[Tensor]]] = []
-        self._constant = 0.0  # sum of the logs of all global scales
-        with torch.no_grad():
-            for number, block in enumerate(flow):
-                first, last = _linear_layers(block)
-                bias: Tensor = first.bias
-                if condition is not None:
-                    bias = torch.addmm(bias, condition.to(bias.dtype), first.weight[:, block.kept :].T)
-                mixing, offset = block.scale().flatten(), block.global_offset.flatten()
-                self._constant += float(mixing.double().log().sum())
-                if not block.hard and number < len(flow) - 1:
-                    mixing = (block.rotation * mixing).T.contiguous().to(dtype or mixing.dtype)
-                    offset = block.rotation @ offset
-                inner = first.weight[:, : block.kept].T.contiguous().to(dtype or bias.dtype)
-                outer = last.weight.mul(SUBNET_GAIN).T.contiguous().to(dtype or bias.dtype)
-                self._steps.append((block, [inner, bias, outer, last.bias * SUBNET_GAIN, mixing, offset]))
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map x [P, C] of one image, rows in the condition's order; return z [P, C] and logdet [P]."""
-        logdet = x.new_full((x.shape[0],), self._constant)
-        for block, (inner, bias, outer, outer_bias, mixing, offset) in self._steps:
-            kept, changed = torch.split(x, [block.kept, block.changed], 1)
-            hidden = torch.relu(_product(kept, inner) + bias)
-            raw, shift = (_product(hidden, outer) + outer_bias).chunk(2, 1)
-            s = block.log_scale(raw)
-            logdet = logdet + s.sum(1)
-            x = torch.cat([kept, changed * s.exp() + shift], 1)
-            x = (_product(x, mixing) if mixing.dim() == 2 else x * mixing) + offset
-            if block.hard and block is not self._steps[-1][0]:
-                x = x.index_select(1, block.permutation)
-        return x, logdet
-
-
-def _linear_layers(block: object) -> tuple[nn.Linear, nn.Linear]:
-    if isinstance(block, AllInOneBlock) and isinstance(block.subnet, nn.Sequential):
-        first, last = block.subnet[0], block.subnet[-1]
-        if isinstance(first, nn.Linear) and isinstance(last, nn.Linear):
-            return first, last
-    raise UsageError("only chains of AllInOneBlock with linear sub-networks can be fused")
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    return (x.to(weight.dtype) @ weight).to(x.dtype)
 
 
 def load_original(

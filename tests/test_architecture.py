@@ -24,6 +24,7 @@ PLUMBING = {
     "report": ["_grid", "_page", "published"],
     "data": ["_lite", "_weights"],
     "detector": ["_rows"],
+    "flows": ["_fused"],
     "zoo": ["_catalogue", "_files", "_lock", "_store", "_unpack"],
     "imaging": ["_clock", "_maxtree", "_nets", "_nfa_block", "_ranks", "_regions", "_system", "_video"],
 }

@@ -558,7 +558,8 @@ def tags(name: str) -> list[str]:
 def test_cflow_decoder_is_the_originals(tag: str) -> None:
     import torch
 
-    from adflow.flows import FusedChain, log_likelihood
+    from adflow._fused import FusedChain
+    from adflow.flows import log_likelihood
     from adflow.methods._cflow_paper import fiber_loss
 
     arrays = {k.removeprefix(f"{tag}_"): v for k, v in oracle("cflow_decoder").items() if k.startswith(f"{tag}_")}

@@ -19,8 +19,9 @@ from PIL import Image
 from rich.console import Console
 
 from adflow import published
+from adflow.comparison import compare
 from adflow.errors import UsageError
-from adflow.report import Cell, ImageRecord, Report, compare, undefined, worst
+from adflow.report import Cell, ImageRecord, Report, undefined, worst
 
 HOSTILE = [
     "<script>document.title='pwned'</script>",

@@ -10,9 +10,10 @@ from typing import Any
 
 from rich.console import Group
 
-from adflow import published, report
+from adflow import published
 from adflow.cli._console import Talk
 from adflow.cli._inputs import open_strided
+from adflow.comparison import compare
 from adflow.data import Dataset
 from adflow.errors import GateError, PartialError, UsageError
 from adflow.report import METRICS, Gridded
@@ -252,7 +253,7 @@ def beside(
 ) -> Gridded:
     """Return the comparison with one side."""
     if one.kind == "published":
-        return report.compare(outcome.rows, one.name)
+        return compare(outcome.rows, one.name)
     if one.kind == "evaluation":
         assert one.path is not None
         return difference(outcome.cells, read_cells(one.path), one.name)

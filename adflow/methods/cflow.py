@@ -58,8 +58,8 @@ from adflow.methods._train import one_cycle, train
 from adflow.methods._whiten import chi_square_fit
 
 if TYPE_CHECKING:
+    from adflow._fused import FusedChain
     from adflow.backbones import Backbone
-    from adflow.flows import FusedChain
 
 # Float32 bytes of cross-fitted features kept for training; above, a random part of the images is used.
 POOL_BYTES = 512 << 20
@@ -526,7 +526,7 @@ class CFlow(FeatureDetector):
         dtype = torch.bfloat16 if getattr(self.backbone, "precision", "") == "bf16" else None
         versions = tuple((p.data_ptr(), p._version) for p in decoder.parameters())
         key = (head, dtype, self.log_top_.device, versions)
-        from adflow.flows import FusedChain
+        from adflow._fused import FusedChain
 
         if torch.compiler.is_compiling():
             return FusedChain(decoder, self.codes()[head], dtype)

@@ -17,8 +17,9 @@ import torch
 from adflow import __version__
 from adflow._files import write_text
 from adflow._grid import Grid, frame_to_csv, number, plain, show, widest
+from adflow.comparison import Comparison
 from adflow.errors import UsageError, unknown
-from adflow.report import METRICS, Comparison, Gridded, ImageRecord, Report
+from adflow.report import METRICS, Gridded, ImageRecord, Report
 from adflow.report import Cell as Shown
 from adflow.tasks._difference import LOWER, Differences
 from adflow.tasks.evaluate import Outcome
