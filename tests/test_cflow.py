@@ -17,7 +17,7 @@ from adflow.errors import InputError, TrainingError, UsageError
 from adflow.features import FeatureBank
 from adflow.flows import log_likelihood
 from adflow.methods import _train
-from adflow.methods._cflow_paper import fiber_steps, paper_rate, probability_map, turned
+from adflow.methods._cflow_paper import fiber_steps, paper_rate, paper_schedule, probability_map, turned
 from adflow.methods._context import ContextWhitening
 from adflow.methods._train import Plateau, one_cycle, train
 from adflow.methods.cflow import CFlow
@@ -218,6 +218,15 @@ def test_rate_falls_by_cosine_after_the_warm_up() -> None:
     assert rates[0] == pytest.approx(0.1)
     assert rates[16] == max(rates) and all(a >= b for a, b in itertools.pairwise(rates[16:]))
     assert rates[-1] == pytest.approx(1e-3 + 0.999 * 0.5 * (1 + math.cos(math.pi * 24 / 25)))
+
+
+def test_schedule_is_squeezed_down_to_one_pass_a_meta_epoch_and_constant_below() -> None:
+    whole = paper_schedule(200, 10, 3)
+    assert [whole(3 * k) for k in range(2000)] == [paper_rate(k, 80) for k in range(2000)]
+    assert whole(300) == whole(302)  # the steps of one image batch share their rate
+    short = paper_schedule(50, 10, 3)
+    assert [short(3 * k) for k in range(500)] == [paper_rate(4 * k, 80) for k in range(500)]
+    assert {paper_schedule(24, 10, 3)(k) for k in range(720)} == {1.0}
 
 
 def test_probability_map_depends_on_other_images_only_without_learned_maxima() -> None:

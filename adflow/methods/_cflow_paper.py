@@ -47,6 +47,24 @@ def paper_rate(batch: int, per_epoch: int) -> float:
     return WARM_UP_START + share * (cosine(WARM_UP_EPOCHS) - WARM_UP_START)
 
 
+def paper_schedule(passes: int, batches: int, steps: int) -> Callable[[int], float]:
+    """Return the factor of the learning rate for every optimiser step of a training of ``passes`` passes.
+
+    Other numbers of passes than the original's stretch or squeeze its schedule. It moves once a meta-epoch: fewer
+    passes than it has meta-epochs cannot follow it and train at the whole rate throughout (squeezed into two passes it
+    left the likelihood far from where the whole rate takes it: screw's pixel AUROC 93.2 instead of 94.7).
+
+    Args:
+        passes: over the training images.
+        batches: image batches per pass.
+        steps: optimiser steps per image batch.
+    """
+    if passes < META_EPOCHS:
+        return lambda step: 1.0
+    stretch = META_EPOCHS * SUB_EPOCHS / passes
+    return lambda step: paper_rate(int(step // steps * stretch), SUB_EPOCHS * batches)
+
+
 def fiber_steps(
     pyramid: Sequence[Tensor],
     codes: Sequence[Tensor],

@@ -48,7 +48,7 @@ from adflow.methods._cflow_paper import (
     SUB_EPOCHS,
     fiber_loss,
     fiber_steps,
-    paper_rate,
+    paper_schedule,
     probability_map,
     turned,
 )
@@ -445,14 +445,9 @@ class CFlow(FeatureDetector):
                     ):
                         yield head, vectors, code if self.position else None
 
-        per = sum(per_batch)
-        # The schedule is defined on the original's number of passes; other numbers stretch it.
-        stretch = META_EPOCHS * SUB_EPOCHS / self.passes
-
-        def factor(step: int) -> float:
-            return paper_rate(int(step // max(1, per) * stretch), SUB_EPOCHS * batches)
-
-        self._train(steps(), max(1, self.passes * batches * per), factor, generator, progress, checkpoint)
+        per = max(1, sum(per_batch))
+        rate = paper_schedule(self.passes, batches, per)
+        self._train(steps(), max(1, self.passes * batches * per), rate, generator, progress, checkpoint)
 
     def _train(
         self,
