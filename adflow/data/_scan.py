@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,18 +32,27 @@ def list_images(folder: Path | str, suffixes: Iterable[str] = IMAGE_SUFFIXES) ->
             if (stat.st_dev, stat.st_ino) in entered:
                 continue
             entered.add((stat.st_dev, stat.st_ino))
-            names = sorted((path.name for path in here.iterdir()), reverse=True)
+            # What is a folder stands in the listing: no question per file, which a network drive would answer slowly.
+            with os.scandir(here) as listing:
+                entries = [(entry.name, *_kind(entry)) for entry in listing]
         except OSError as error:
             raise InputError(f"cannot read the folder {show(here)}: {error.strerror or error}") from error
-        for name in names:
-            path = here / name
+        for name, is_folder, is_file in entries:
             if name.startswith("."):
                 continue
-            if path.is_dir():
-                waiting.append(((*parts, name), path))
-            elif path.suffix.lower() in wanted and path.is_file():
-                found.append(((*parts, name), path))
+            if is_folder:
+                waiting.append(((*parts, name), here / name))
+            elif is_file and Path(name).suffix.lower() in wanted:
+                found.append(((*parts, name), here / name))
     return [path for _, path in sorted(found)]
+
+
+def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
+    """Return whether an entry is a folder, and whether a file; neither where a link leads nowhere or to itself."""
+    try:
+        return entry.is_dir(), entry.is_file()
+    except OSError:
+        return False, False
 
 
 def folders_in(folder: Path) -> list[str]:
