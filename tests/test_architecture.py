@@ -25,6 +25,7 @@ PLUMBING = {
     "data": ["_lite", "_weights"],
     "detector": ["_rows"],
     "flows": ["_fused"],
+    "overlays": ["_drawing"],
     "zoo": ["_catalogue", "_files", "_lock", "_store", "_unpack"],
     "imaging": ["_clock", "_maxtree", "_nets", "_nfa_block", "_ranks", "_regions", "_system", "_video"],
 }

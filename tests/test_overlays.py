@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from adflow._drawing import BLUE, INK, SKY_BLUE, VERMILION
 from adflow.errors import InputError
-from adflow.overlays import BLUE, INK, SKY_BLUE, VERMILION, Scale, overlay, write_overlay
+from adflow.overlays import Scale, overlay, write_overlay
 
 SCALE = Scale.from_alarm(ordinary=10.0, threshold=18.0)
 

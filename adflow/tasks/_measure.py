@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import time
@@ -20,16 +19,13 @@ from adflow.detector import Detector, Progress
 from adflow.errors import InputError
 from adflow.imaging import fitted, mask_to, read_mask
 from adflow.pipeline import Scored, run
+from adflow.tasks._pixels import CURVE_POINTS, Exact, Streamed
 from adflow.tasks._point import OperatingPoint
 from adflow.tasks.score import verdict_rate
 
 MAP_MEMORY = 2 << 30
 # Per pixel: map (float32) and mask while they are collected, one sorted copy, and half a byte for the few positives.
 _BYTES_PER_PIXEL = 4 + 1 + 4 + 0.5
-# Entries per histogram (images x bins): 2048 bins for a thousand images, 256 for ten thousand.
-_ENTRIES = 1 << 21
-_BINS = (256, 2048)
-_CURVE_POINTS = 400
 _NO_MASKS = "no defective image has a mask"
 _STREAMED = "not computed when pixels are streamed"
 
@@ -131,7 +127,7 @@ def evaluate_detector(
     assert detector.size is not None
     look = _Look(detector, point, after)
     streaming = streams(len(labelled), detector.size, memory)
-    pixels: _Exact | _Streamed = _Streamed() if streaming else _Exact()
+    pixels: Exact | Streamed = Streamed() if streaming else Exact()
     records: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
     began = time.perf_counter()
@@ -246,70 +242,10 @@ def _kind(record: Mapping[str, Any]) -> str | None:
     return (record["defect"] or "") if record["label"] == 1 else None
 
 
-class _Exact:
-    """Maps and masks kept until the end."""
-
-    streaming = False
-
-    def __init__(self) -> None:
-        self.maps: list[np.ndarray] = []
-        self.masks: list[np.ndarray] = []
-        self.kinds: list[str | None] = []
-
-    def add(self, score_map: np.ndarray, truth: np.ndarray, kind: str | None) -> None:
-        self.maps.append(score_map)
-        self.masks.append(truth)
-        self.kinds.append(kind)
-
-    def __len__(self) -> int:
-        return len(self.maps)
-
-    def whole(self) -> metrics.PixelMetrics:
-        return metrics.pixel_metrics(self.maps, self.masks, points=_CURVE_POINTS)
-
-    def histograms(self) -> metrics.PixelHistograms:
-        bins = min(max(_ENTRIES // len(self.maps), _BINS[0]), _BINS[1])
-        found = metrics.PixelHistograms.of(self.maps, self.masks, bins)
-        # As they are stored: what is computed now and what is computed from a file later are the same bits.
-        weighted = found.weighted.astype(np.float32).astype(np.float64)
-        return metrics.PixelHistograms(found.negative, found.positive, weighted, found.regions)
-
-    def oracle(self, anomalous_only: bool) -> metrics.Operating:
-        return metrics.oracle_threshold(self.maps, self.masks, anomalous_only=anomalous_only)
-
-
-class _Streamed:
-    """Counters of fixed size, one set for each kind of defect and one for good images."""
-
-    streaming = True
-
-    def __init__(self) -> None:
-        self.streams: dict[str | None, metrics.StreamingPixelMetrics] = {}
-        self.count = 0
-
-    def add(self, score_map: np.ndarray, truth: np.ndarray, kind: str | None) -> None:
-        self.streams.setdefault(kind, metrics.StreamingPixelMetrics()).add(score_map, truth)
-        self.count += 1
-
-    def __len__(self) -> int:
-        return self.count
-
-    def whole(self) -> metrics.PixelMetrics:
-        return self.of(list(self.streams)).result()
-
-    def of(self, kinds: Sequence[str | None]) -> metrics.StreamingPixelMetrics:
-        """Return the counters of some kinds together; those kept here stay as they are."""
-        total = metrics.StreamingPixelMetrics()
-        for kind in kinds:
-            if kind in self.streams:
-                total.merge(copy.deepcopy(self.streams[kind]))
-        return total
-
-
 def _rows(
     detector: Detector,
     data: Dataset,
-    pixels: _Exact | _Streamed,
+    pixels: Exact | Streamed,
     every: Sequence[dict[str, Any]],
     point: OperatingPoint | None,
 ) -> Evaluation:
@@ -336,7 +272,7 @@ def _rows(
     }
     curves: dict[str, dict[str, list[float]]] = {}
     if len(set(labels.tolist())) == 2:
-        curves["roc"] = _points(metrics.roc_curve(scores, labels, _CURVE_POINTS))
+        curves["roc"] = _points(metrics.roc_curve(scores, labels, CURVE_POINTS))
     if len(pixels) and any(record["in_pixels"] and record["label"] == 1 for record in records):
         pixel = pixels.whole()
         undefined |= {_pixel_name(k): v for k, v in pixel.reasons.items()}
@@ -375,7 +311,7 @@ def _rows(
         if not hits:
             undefined |= dict.fromkeys(("iou_defective", "iou_defective_oracle"), undefined["hit"])
     histograms = None
-    if isinstance(pixels, _Exact) and len(pixels):
+    if isinstance(pixels, Exact) and len(pixels):
         histograms = pixels.histograms()
     in_pixels = [i for i, record in enumerate(every) if record["in_pixels"]]
     row["undefined"] = undefined
@@ -414,10 +350,10 @@ def _at_point(point: OperatingPoint, records: Sequence[dict[str, Any]], labels: 
     }
 
 
-def _oracle(pixels: _Exact | _Streamed, undefined: dict[str, str], marked: bool) -> dict[str, Any]:
+def _oracle(pixels: Exact | Streamed, undefined: dict[str, str], marked: bool) -> dict[str, Any]:
     """Return the best mean IoU any threshold gives on these masks: an upper limit, not an operating point."""
     names = ("mean_iou_oracle", "iou_defective_oracle")
-    if isinstance(pixels, _Streamed) or not len(pixels):
+    if isinstance(pixels, Streamed) or not len(pixels):
         undefined |= dict.fromkeys(names, _STREAMED if pixels.streaming else _NO_MASKS)
         return dict.fromkeys(names, math.nan)
     every = pixels.oracle(anomalous_only=False)
@@ -434,7 +370,7 @@ def _mean(values: np.ndarray) -> float:
 
 def per_defect(
     records: Sequence[dict[str, Any]],
-    pixels: _Exact | _Streamed,
+    pixels: Exact | Streamed,
     histograms: metrics.PixelHistograms | None,
 ) -> dict[str, dict[str, float]]:
     """Return the figures of each kind of defect against all good images, and of all the others without it.
@@ -467,7 +403,7 @@ def per_defect(
             if histograms is not None:
                 weights = np.array([[float(r["image"] in names) for r in known]])
                 values = {k: float(s(weights)[0]) for k, s in histograms.statistics().items()}
-            elif isinstance(pixels, _Streamed):
+            elif isinstance(pixels, Streamed):
                 wanted = [k for k in pixels.streams if k is None or (k == kind) == (prefix == "")]
                 result = pixels.of(wanted).result()
                 values = {"auroc": result.auroc, "ap": result.ap, "aupro": result.aupro}

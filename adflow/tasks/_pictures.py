@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from adflow._drawing import Verdict
 from adflow.data import Dataset, Sample
 from adflow.detector import Detector
 from adflow.imaging import Box, read_mask, restore
-from adflow.overlays import Scale, Verdict, write_overlay
+from adflow.overlays import Scale, write_overlay
 from adflow.pipeline import Scored, run
 from adflow.report import ImageRecord, worst
 from adflow.tasks._cells import Measuring
