@@ -247,6 +247,12 @@ class _Fault:
             raise OSError(number, os.strerror(number), names[0])
 
 
+def start_code(code: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start Python on ``code``, warnings as errors, to be killed or waited for; what it prints can be read."""
+    command = [sys.executable, "-W", "error", "-c", code, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1])
+
+
 def tree(folder: Path, leave_out: tuple[str, ...] = ()) -> dict[str, bytes]:
     """Every file below ``folder`` by its relative name, with its content."""
     return {

@@ -1,16 +1,23 @@
-"""What tests share: a tiny random backbone (only tests may build one) and small pictures with a defect."""
+"""What tests share: a tiny random backbone (only tests may build one), small pictures with a defect, servers, a small disk."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+import children
 import pytest
 import torch
+from servers import FileServer, file_server
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adflow.backbones import Backbone
+from adflow import features
+from adflow.backbones import Backbone, make_backbone
 
 
 class TinyNet(nn.Module):
@@ -78,3 +85,48 @@ def tiny_backbone() -> Backbone:
 @pytest.fixture
 def tiny_images() -> TinyImages:
     return make_tiny_images()
+
+
+@pytest.fixture(scope="module")
+def lite0() -> Backbone:
+    return make_backbone("lite0")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread per operation of torch: the number can change the last bits."""
+    with features.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def _shared_files() -> Iterator[FileServer]:
+    with file_server() as running:
+        yield running
+
+
+@pytest.fixture
+def files(_shared_files: FileServer) -> FileServer:
+    _shared_files.routes.clear()
+    return _shared_files
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the user's cache, zoo, proxies or tokens."""
+    monkeypatch.setenv("ADFLOW_HOME", str(tmp_path / "home"))
+    for name in ("ADFLOW_OFFLINE", "HF_HUB_OFFLINE", "ADFLOW_ZOO", "HF_TOKEN", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("needs root to mount a small file system")
+    try:
+        with children.small_disk(tmp_path / "small", "1m") as disk:
+            yield disk
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"cannot mount a small file system: {error.stderr.decode().strip()}")

@@ -12,9 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from adflow import fetch, zoo
+
+CONTENT = bytes(range(256)) * 1000  # 256 kB
+SHA = hashlib.sha256(CONTENT).hexdigest()
+FAST = fetch.Patience(attempts=3, timeout=0.3, pause=0.0, longest=0.05)
 LARGE = 1 << 16  # the hub keeps larger files apart (LFS) and knows their sha256
 
 
@@ -340,3 +346,13 @@ def hub_server() -> Iterator[HubServer]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def file_at(*urls: str, sha256: str | None = SHA, size: int | None = len(CONTENT), **more: Any) -> zoo.File:
+    return zoo.File("it.bin", tuple(zoo.Source(url=url) for url in urls), sha256, bytes=size, **more)
+
+
+def left_behind(home: Path) -> list[str]:
+    """Return every file of the cache that is neither a verified file, a receipt nor a lock."""
+    found = [p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file()]
+    return [name for name in found if not name.startswith(("files/", "locks/", "first_use/"))]
