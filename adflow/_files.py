@@ -91,6 +91,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def replace_folder(new: Path, place: Path, old: Path) -> None:
+    """Move ``new`` to ``place``; a folder that is there waits at ``old``, and is put back where that fails."""
+    shutil.rmtree(old, ignore_errors=True)
+    if place.is_dir() and new.is_dir():
+        place.replace(old)
+    try:
+        new.replace(place)
+    except OSError:
+        if old.is_dir():
+            old.replace(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def tidy(folder: Path, *inside: str) -> None:
     """Remove what :func:`atomic_write` leaves when its process is killed; nobody may be writing there.
 

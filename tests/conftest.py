@@ -1,4 +1,4 @@
-"""What tests share: a tiny random backbone (only tests may build one), small pictures with a defect, servers, a small disk."""
+"""What tests share: a tiny random backbone (only tests may build one), pictures, a server, little memory and disk."""
 
 from __future__ import annotations
 
@@ -130,3 +130,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
             yield disk
     except subprocess.CalledProcessError as error:
         pytest.skip(f"cannot mount a small file system: {error.stderr.decode().strip()}")
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """At most 3 GiB more: what takes all memory must fail here, not end the machine's other work."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (3 << 30), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)

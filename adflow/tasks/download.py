@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from adflow import _store, fetch, zoo
-from adflow._files import make_folder, tidy, write_error, write_text
+from adflow._files import make_folder, replace_folder, tidy, write_error, write_text
 from adflow._lock import lock
 from adflow._unpack import Unpacked, is_archive, unpack
 from adflow.errors import InputError, UsageError
@@ -351,18 +351,7 @@ def _move(beside: Path, place: Path) -> None:
     """Move what was unpacked to its place, one top-level name after the other, each whole or not at all."""
     try:
         for item in sorted(beside.iterdir()):
-            target = place / item.name
-            old = beside.with_name(f"{item.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            if target.is_dir() and item.is_dir():
-                target.replace(old)
-            try:
-                item.replace(target)
-            except OSError:
-                if old.is_dir():
-                    old.replace(target)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
+            replace_folder(item, place / item.name, beside.with_name(f"{item.name}.old"))
     except OSError as error:
         raise write_error(place, error) from error
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from adflow import zoo
 from adflow._card import _METRICS, model_card
-from adflow._files import atomic_write, is_full, make_folder, write_error
+from adflow._files import atomic_write, is_full, make_folder, replace_folder, write_error
 from adflow._lock import claim
 from adflow.bundle import (
     CALIBRATION,
@@ -216,8 +216,7 @@ def export_bundle(
             # A process killed between the two moves below leaves the bundle under its second name.
             if old.exists() and not out.exists():
                 old.replace(out)
-            for stale in (beside, old):
-                shutil.rmtree(stale, ignore_errors=True)
+            shutil.rmtree(beside, ignore_errors=True)
             make_folder(beside)
             write_program(detector, levels, form, beside, [_as_taken(detector, form, sample) for sample in ranges])
             _write_about(detector, model, beside, form, about, bool(ranges))
@@ -236,9 +235,7 @@ def export_bundle(
                 )
             certificate["detector_sha256"] = sha256_of(model)
             (beside / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
-            if out.exists():
-                out.replace(old)
-            beside.replace(out)
+            replace_folder(beside, out, old)
         except OSError as error:
             raise write_error(out, error) from error
         except RuntimeError as error:
@@ -247,8 +244,7 @@ def export_bundle(
                 raise write_error(out, OSError(errno.ENOSPC, "")) from error
             raise
         finally:
-            for stale in (beside, old):
-                shutil.rmtree(stale, ignore_errors=True)
+            shutil.rmtree(beside, ignore_errors=True)
     return certificate | {"bundle": str(out)}
 
 

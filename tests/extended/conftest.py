@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 from children import Children
 from cli.conftest import write_part
+from conftest import TinyBackbone, make_tiny_images
 from servers import file_server
+
+from adflow import methods
+from adflow.detector import Detector
 
 from .stage import Count, Stage, serve_archive
 
@@ -90,3 +94,9 @@ def stage(children: Children, places: dict[str, str], tmp_path: Path) -> Callabl
 def root_user() -> None:
     if os.getuid() != 0:
         pytest.skip("needs root")
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    """A fitted detector on a tiny backbone, for images of 32 px."""
+    return methods.get("dfr")(TinyBackbone()).fit(make_tiny_images(8, 32, 32).normal)

@@ -35,7 +35,9 @@ def test_every_write_may_fail(name: str, number: int, older: bool, stage: Callab
         assert undisturbed.code == 0 and command.state() == wanted
     for at in spread(len(undisturbed.events), MOST):
         command.prepare()
-        fault = {"at": at, "errno": number, "stays": at % 2 == 0}
+        # A folder that could be moved away a moment ago can be moved back.
+        stays = at % 2 == 0 and undisturbed.events[at][0] != "os.rename"
+        fault = {"at": at, "errno": number, "stays": stays}
         found = command.run(*more, fault=fault)
         where = (fault, undisturbed.events[at], found.code, found.err)
         assert found.clean, where
@@ -44,27 +46,31 @@ def test_every_write_may_fail(name: str, number: int, older: bool, stage: Callab
         all_whole(command.out)
         assert [path for path in left_over(command.out) if ".lock" not in path] == [], where
         state = command.state()
+        # Of several cells one that fails becomes a row of the table, which says why.
+        said = {key for key in wanted if found.code and name == "evaluate --method" and key.startswith("table.")}
         if older or not found.code:
-            assert {key: state.get(key) for key in wanted} == wanted, where
+            changed = [key for key in wanted if key not in said and state.get(key) != wanted[key]]
+            assert changed == [], (changed, where)
         count(f"{WORDS[number]} at one write", True)
 
 
 @pytest.mark.parametrize("name", ["fit", "score", "segment", "evaluate", "export", "calibrate", "download --from"])
-@pytest.mark.parametrize("size", ["8k", "32k", "128k", "512k", "2m"])
+@pytest.mark.parametrize("free", [8, 32, 128, 512, 2048])
 def test_a_disk_that_is_really_full(
-    name: str, size: str, stage: Callable[[str], Stage], tmp_path: Path, root_user: None, count: Count
+    name: str, free: int, stage: Callable[[str], Stage], run: Path, tmp_path: Path, root_user: None, count: Count
 ) -> None:
-    with small_disk(tmp_path / "disk", size) as disk:
+    """``free`` KiB and, where it is changed, the old detector."""
+    held = (run / "detector.safetensors").stat().st_size // 1024 + 8 if name == "calibrate" else 0
+    with small_disk(tmp_path / "disk", f"{held + free}k") as disk:
         command = replace(stage(name), out=disk / "out")
-        try:
-            command.prepare()
-        except OSError:
-            pytest.skip("not even the old detector fits")
+        command.prepare()
+        before = command.state()
         found = command.run()
         assert found.clean, (found.code, found.err)
         assert found.code in (0, 5), found.err
         if found.code:
             assert "full" in found.err or "are free" in found.err, found.err
+            assert {key: command.state().get(key) for key in before} == before
         all_whole(command.out)
         assert left_over(disk) == []
         count("a disk that is really full", True)

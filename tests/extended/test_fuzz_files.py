@@ -1,6 +1,6 @@
-"""Thousands of damaged and hostile inputs: each gives a result or one AdflowError, within ten seconds.
+"""Thousands of damaged and hostile detectors, weights, catalogues, bundles and archives, and mistyped options.
 
-Seeds of every kind are damaged by bytes that hypothesis chooses; what it found before is in the corpus below.
+Each gives a result or one AdflowError, within ten seconds.
 """
 
 from __future__ import annotations
@@ -8,285 +8,37 @@ from __future__ import annotations
 import copy
 import io
 import json
-import signal
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TinyBackbone, make_tiny_images
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.torch import save_file
 
-from adflow import cli, detector_file, methods, zoo
+from adflow import cli, detector_file, zoo
 from adflow._unpack import unpack
 from adflow._weights import read_weights
 from adflow.bundle import read_metadata
-from adflow.data import Sample
 from adflow.detector import Detector
 from adflow.detector_file import load_detector, read_header, save_detector
 from adflow.errors import AdflowError
-from adflow.imaging import fit_to, image_size, read_image, read_mask
-from adflow.pipeline import run
 from adflow.tasks._cells import read_cell, read_cells
 
+from .fuzz import DAMAGE, damage, quick, survives
 from .stage import Count
+from .test_fuzz_pictures import pictures
 
-SECONDS = 10
-
-
-def quick(examples: int) -> Any:
-    return settings(
-        max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
-    )
-
-
-@contextmanager
-def limited() -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise TimeoutError(f"no answer within {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture(autouse=True)
-def little_memory() -> Iterator[None]:
-    """At most 3 GiB more: an input that takes all memory must fail here, not end the machine's other work."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + (3 << 30), before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def survives(kind: str, call: Callable[[], Any], count: Count, about: object) -> Any:
-    """Call; an AdflowError of one line is an answer, all else is a defect."""
-    try:
-        with limited():
-            found = call()
-    except AdflowError as error:
-        assert "\n" not in str(error).strip() and len(str(error)) < 5000, (about, str(error))
-        found = error
-    except BaseException as error:
-        count(kind, False)
-        raise AssertionError(f"{kind}: {about!r:.300}: {type(error).__name__}: {error}") from error
-    count(kind, True)
-    return found
-
-
-DAMAGE = st.lists(
-    st.tuples(
-        st.sampled_from(["flip", "set", "cut", "drop", "repeat", "zero", "number"]),
-        st.floats(0, 1, exclude_max=True),
-        st.integers(0, 2**32 - 1),
-    ),
-    min_size=1,
-    max_size=6,
-)
-
-
-def damage(content: bytes, steps: list[tuple[str, float, int]]) -> bytes:
-    """The content with some bytes changed, most of them near the front, where formats keep their sizes."""
-    data = bytearray(content)
-    for how, place, value in steps:
-        if not data:
-            break
-        at = int(len(data) * place**2)
-        if how == "flip":
-            data[at] ^= 1 << value % 8
-        elif how == "set":
-            data[at] = (0, 255, 127, 128, 1)[value % 5]
-        elif how == "cut":
-            del data[at:]
-        elif how == "drop":
-            del data[at : at + value % 64]
-        elif how == "repeat":
-            data[at:at] = data[at : at + value % 64]
-        elif how == "zero":
-            data[at : at + value % 32] = bytes(len(data[at : at + value % 32]))
-        else:
-            data[at : at + 4] = struct.pack("<I" if value & 1 else ">I", value)
-    return bytes(data)
-
-
-# ---- images
-
-
-def pictures() -> dict[str, bytes]:
-    """One of each kind that cameras, scanners and editors write."""
-    rng = np.random.default_rng(0)
-    grey = rng.integers(0, 255, (20, 30), dtype=np.uint8)
-    rgb = rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)
-    deep = rng.integers(0, 65535, (20, 30), dtype=np.uint16)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    colour, plain = Image.fromarray(rgb), Image.fromarray(grey)
-    palette = colour.quantize(8)
-    kinds: dict[str, tuple[Image.Image, dict[str, Any]]] = {
-        "grey.png": (plain, {}),
-        "rgb.png": (colour, {}),
-        "rgba.png": (colour.convert("RGBA"), {}),
-        "la.png": (plain.convert("LA"), {}),
-        "bit.png": (plain.convert("1"), {}),
-        "deep.png": (Image.fromarray(deep), {}),
-        "palette.png": (palette, {"transparency": 3}),
-        "interlaced.png": (colour, {"interlace": 1}),
-        "animated.png": (colour, {"save_all": True, "append_images": [colour.rotate(90)]}),
-        "rgb.jpg": (colour, {}),
-        "grey.jpg": (plain, {}),
-        "cmyk.jpg": (colour.convert("CMYK"), {}),
-        "turned.jpg": (colour, {"exif": exif}),
-        "progressive.jpg": (colour, {"progressive": True}),
-        "rgb.bmp": (colour, {}),
-        "palette.bmp": (palette, {}),
-        "bit.bmp": (plain.convert("1"), {}),
-        "rgb.tif": (colour, {}),
-        "lzw.tif": (colour, {"compression": "tiff_lzw"}),
-        "zip.tif": (plain, {"compression": "tiff_adobe_deflate"}),
-        "jpeg.tif": (colour, {"compression": "jpeg"}),
-        "deep.tif": (Image.fromarray(deep), {}),
-        "float.tif": (Image.fromarray(grey.astype(np.float32) / 255), {}),
-        "int.tif": (Image.fromarray(deep.astype(np.int32)), {}),
-        "cmyk.tif": (colour.convert("CMYK"), {}),
-        "pages.tif": (colour, {"save_all": True, "append_images": [plain]}),
-        "rgb.webp": (colour, {}),
-        "lossless.webp": (colour.convert("RGBA"), {"lossless": True}),
-        "animated.webp": (colour, {"save_all": True, "append_images": [colour.rotate(90)]}),
-        "palette.gif": (palette, {"transparency": 1}),
-        "animated.gif": (palette, {"save_all": True, "append_images": [palette.rotate(180)]}),
-        "rgb.ppm": (colour, {}),
-        "grey.pgm": (plain, {}),
-        "deep.pgm": (Image.fromarray(deep), {}),
-        "bit.pbm": (plain.convert("1"), {}),
-        "rgb.jp2": (colour, {}),
-        "one.png": (colour.resize((1, 1)), {}),
-        "row.png": (colour.resize((10000, 1)), {}),
-        "column.png": (colour.resize((1, 10000)), {}),
-    }
-    found = {}
-    for name, (picture, options) in kinds.items():
-        stream = io.BytesIO()
-        form = {"jpg": "JPEG", "tif": "TIFF", "jp2": "JPEG2000", "pgm": "PPM", "pbm": "PPM"}
-        suffix = name.rpartition(".")[2]
-        picture.save(stream, form.get(suffix, suffix.upper()), **options)
-        found[name] = stream.getvalue()
-    return found
-
-
-def bombs() -> dict[str, bytes]:
-    """Small files that declare, or hold, huge pictures."""
-
-    def png(width: int, height: int, data: bytes) -> bytes:
-        import zlib
-
-        def chunk(kind: bytes, body: bytes) -> bytes:
-            return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-        head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-        body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
-        return b"\x89PNG\r\n\x1a\n" + body
-
-    def bmp(width: int, height: int) -> bytes:
-        head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
-        return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + head
-
-    found = {}
-    for width, height in ((2**31 - 1, 2**31 - 1), (60000, 60000), (13000, 13000), (0, 0), (0, 5), (1, 2**31 - 1)):
-        found[f"{width}x{height}.png"] = png(width, height, bytes(1000))
-        found[f"{width}x{height}.bmp"] = bmp(width, height)
-        found[f"{width}x{height}.pgm"] = f"P5 {width} {height} 255\n".encode()
-        found[f"{width}x{height}.txt.ppm"] = f"P3 {width} {height} 255\n1 2".encode()
-        gif = b"GIF89a" + struct.pack("<HHBBB", width & 65535, height & 65535, 0x80, 0, 0) + bytes(6)
-        found[f"{width}x{height}.gif"] = gif + b"," + struct.pack("<HHHHB", 0, 0, width & 65535, height & 65535, 0)
-    found["negative.bmp"] = bmp(-5, -5)
-    found["whole.png"] = png(8000, 8000, bytes(8000 * 24001))
-    return found
-
-
-def look(path: Path) -> None:
-    """Everything that is done with a picture; sizes must agree."""
-    expected = None
-    with suppress(AdflowError):
-        expected = image_size(path)
-    picture = read_image(path)
-    assert expected is None or picture.shape[:2] == expected, (expected, picture.shape)
-    for keep in (False, True):
-        planes, _ = fit_to(picture, (32, 48), keep)
-        assert planes.shape == (3, 32, 48) and np.isfinite(planes).all() and planes.min() >= 0 and planes.max() <= 1
-    mask = read_mask(path)
-    assert mask.shape == picture.shape[:2] and mask.dtype == bool
-
-
-def test_pictures_of_every_kind(tmp_path: Path, count: Count) -> None:
-    for name, content in pictures().items():
-        (tmp_path / name).write_bytes(content)
-        found = survives("pictures, whole", lambda name=name: look(tmp_path / name), count, name)  # type: ignore[misc]
-        assert found is None, (name, found)
-        for cut in range(0, len(content), max(1, len(content) // 12)):
-            (tmp_path / name).write_bytes(content[:cut])
-            survives("pictures, cut", lambda name=name: look(tmp_path / name), count, (name, cut))  # type: ignore[misc]
-
-
-def test_pictures_that_declare_too_much(tmp_path: Path, count: Count) -> None:
-    for name, content in bombs().items():
-        (tmp_path / name).write_bytes(content)
-        survives("pictures that declare too much", lambda name=name: look(tmp_path / name), count, name)  # type: ignore[misc]
-
-
-def test_damaged_pictures(tmp_path: Path, count: Count) -> None:
-    seeds = pictures()
-
-    @quick(3000)
-    @given(st.sampled_from(sorted(seeds)), DAMAGE)
-    def check(name: str, steps: list[tuple[str, float, int]]) -> None:
-        path = tmp_path / name
-        path.write_bytes(damage(seeds[name], steps))
-        survives("pictures, damaged", lambda: look(path), count, (name, steps))
-
-    check()
-
-
-def test_a_folder_of_damaged_pictures_is_scored_to_its_end(detector: Detector, tmp_path: Path, count: Count) -> None:
-    rng = np.random.default_rng(1)
-    paths = []
-    for round_ in range(6):
-        for name, content in pictures().items():
-            steps = [("flip", float(rng.random()), int(rng.integers(2**31))) for _ in range(round_)]
-            paths.append(tmp_path / f"{round_}-{name}")
-            paths[-1].write_bytes(damage(content, steps))
-    results = list(run(detector, [Sample(path, "test", None, None, None) for path in paths], keep_picture=True))
-    assert [scored.sample.image for scored in results] == paths
-    for scored in results:
-        good = scored.error is not None or (np.isfinite(scored.map).all() and np.isfinite(scored.image))
-        count("pictures in one folder, scored", bool(good))
-        assert good, scored.sample
+pytestmark = pytest.mark.usefixtures("little_memory")
 
 
 # ---- detector files and weights
-
-
-@pytest.fixture(scope="module")
-def detector() -> Detector:
-    size = 32
-    images = make_tiny_images(8, size, size).normal
-    return methods.get("dfr")(TinyBackbone()).fit(images)
 
 
 @pytest.fixture
@@ -402,7 +154,7 @@ def test_files_that_are_no_detector(tmp_path: Path, count: Count, monkeypatch: p
 
 
 def test_tensors_added_removed_and_of_other_types(file: Path, detector: Detector, tmp_path: Path, count: Count) -> None:
-    from test_faults import forge, parts
+    from test_faults_files import forge, parts
 
     tensors, header = parts(file)
 
