@@ -28,7 +28,7 @@ def export(
     images: Annotated[
         list[str] | None,
         typer.Option(
-            help="Images, folders or data sets of the certificate; default: those of the fit's data set, or the demo.",
+            help="Images, folders or data sets of the certificate; default: held-out ones of the fit, or the demo.",
             show_default=False,
         ),
     ] = None,
@@ -69,10 +69,12 @@ def export(
 ) -> None:
     """Write a bundle that runs elsewhere, proven equal to the fitted detector; or a copy, or to the hub."""
     from adflow.cli._inputs import gather
+    from adflow.detector_file import read_header
     from adflow.errors import InputError, UsageError, unknown
     from adflow.runs import find_detector
     from adflow.tasks import export as task
     from adflow.tasks._program import Form
+    from adflow.tasks._proof import default_samples, evenly
 
     talk = Talk(json=json, quiet=quiet, verbose=verbose)
     if (format_ is None) == (to is None):
@@ -102,7 +104,10 @@ def export(
     form = Form(format_, input_, "batch" in varying, "size" in varying, half, opset)
     if int8 and not images:
         raise UsageError("--int8 measures what it costs", hint="Give --images DATA, with good and defective images.")
-    samples = gather(images, data_root) if images else task.default_samples(count, task.data_of(path))
+    if images:
+        samples, source = gather(images, data_root), "given"
+    else:
+        samples, source = default_samples(count, read_header(path)["provenance"], data_root)
     ranges = gather(images, data_root, split="train")[:RANGES] if int8 and images else []
     folder = out or path.parent / format_
     with talk.progress("export") as progress:
@@ -110,7 +115,8 @@ def export(
             path,
             folder,
             form,
-            samples if int8 else samples[:: -(-len(samples) // count)],
+            samples if int8 else evenly(samples, count),
+            source=source,
             tolerance=tolerance,
             ranges=ranges,
             max_drop=max_drop,
@@ -120,7 +126,7 @@ def export(
         )
     talk.data(done, _table(done))
     proven = "measured" if int8 else f"proven equal within {done['tolerance']:g}"
-    talk.say(f"{proven} on {done['images']} images; written: {folder}")
+    talk.say(f"{proven} on {done['images']} images ({source}); written: {folder}")
     talk.next(f"adflow score --model {folder} IMAGES")
 
 

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from adflow import __version__
-from adflow.bundle import MODELS, Bundle, onnx_session, openvino_model
+from adflow._video import is_frame
+from adflow.bundle import MODELS, Bundle, onnx_session, openvino_model, sha256_of
 from adflow.data import Sample
 from adflow.detector import Detector, Progress
 from adflow.errors import GateError, InputError
@@ -35,6 +36,7 @@ def certify(
     levels: Thresholds,
     samples: Sequence[Sample],
     *,
+    source: str,
     tolerance: float,
     max_drop: float | None = None,
     bisect: bool = False,
@@ -49,6 +51,7 @@ def certify(
         form: what it takes.
         levels: of verdict and mask.
         samples: images.
+        source: where they come from, in words.
         tolerance: largest difference of map and score allowed, as a share of the map's range.
         max_drop: largest loss of AUROC on ``samples`` allowed, instead of ``tolerance``; for 8-bit models.
         bisect: compare the stages inside as well.
@@ -73,6 +76,8 @@ def certify(
     span = float(maps.max() - maps.min()) or 1.0
     certificate: dict[str, Any] = {
         "images": len(pairs),
+        "source": source,
+        "images_sha256": [None if is_frame(sample.image) else sha256_of(sample.image) for sample in samples],
         "tolerance": tolerance if max_drop is None else None,
         "map_range": span,
         "map_max_difference": float(np.abs(maps - exported).max()),

@@ -305,7 +305,7 @@ def _measure_fitted(
     if item.keep is not None:
         folder = _run_folder(item.keep, job)
         with claim(folder):
-            save_run(detector, job.data, fitted, folder, item.command)
+            save_run(detector, job.data, options, fitted, folder, item.command)
     cost = {"fit_seconds": fitted["seconds"]["fit"]}
     notes = [f"skipped {line}" for line in fitted["skipped"]]
     _measure(item, detector, fitted["digest"], cost, notes, progress)

@@ -28,10 +28,10 @@ from adflow.bundle import (
     need,
     sha256_of,
 )
-from adflow.data import Sample, open_data
+from adflow.data import Sample
 from adflow.detector import Detector, Progress
 from adflow.detector_file import digest, load_detector, read_header
-from adflow.errors import AdflowError, InputError, UsageError
+from adflow.errors import InputError, UsageError
 from adflow.features import one_thread
 from adflow.fetch import push_detector
 from adflow.imaging import fit_to, read_image
@@ -48,6 +48,8 @@ NEEDED = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "openvino": ("onnx", "o
 TOLERANCE = 1e-4
 # 16-bit weights are off by 2^-12 of themselves; whitening enlarges that.
 HALF_TOLERANCE = 2e-2
+# Of a provenance, what the hub's card leaves out: it names folders of the machine.
+_PRIVATE = ("command", "held_out_images")
 # Of AUROC, a fraction; for 8-bit models.
 MAX_DROP = 0.01
 
@@ -109,7 +111,7 @@ def publish(model: Path, repo: str, *, runs: Path | None = None, private: bool =
         licence=terms["name"],
         licence_note=terms["note"],
         measured=measured(learned, runs),
-        provenance={k: v for k, v in header["provenance"].items() if k != "command"} | {"digest": header["digest"]},
+        provenance={k: v for k, v in header["provenance"].items() if k not in _PRIVATE} | {"digest": header["digest"]},
     )
     return {"repo": repo, "commit": push_detector(model, repo, card, private=private), "licence": terms}
 
@@ -167,6 +169,7 @@ def export_bundle(
     form: Form,
     samples: Sequence[Sample],
     *,
+    source: str = "given",
     tolerance: float | None = None,
     ranges: Sequence[Sample] = (),
     max_drop: float = MAX_DROP,
@@ -181,6 +184,7 @@ def export_bundle(
         out: folder; a bundle that is there is replaced.
         form: format, input and storage.
         samples: images of the certificate.
+        source: where they come from, in words.
         tolerance: largest difference of map and score allowed, as a share of the map's range; None =
             :data:`TOLERANCE`, or :data:`HALF_TOLERANCE` for 16-bit weights.
         ranges: good images, if any: convolutions are rounded to 8 bits within the ranges these give, and instead of
@@ -228,6 +232,7 @@ def export_bundle(
                     form,
                     levels,
                     samples,
+                    source=source,
                     tolerance=tolerance,
                     max_drop=max_drop if ranges else None,
                     bisect=bisect,
@@ -322,20 +327,3 @@ def _write_about(
     (folder / LICENCES).write_text("".join(terms), encoding="utf-8")
     if form.kind == "onnx":
         (folder / "predict.py").write_text(_PREDICT, encoding="utf-8")
-
-
-def data_of(model: Path) -> str | None:
-    """Return the name of the data set a detector was fitted on, if it says so."""
-    name = read_header(model)["provenance"].get("data")
-    return str(name) if name else None
-
-
-def default_samples(count: int = 8, data: str | None = None) -> list[Sample]:
-    """Return test images, good and defective in turn, of the data set ``data`` if it is here, or the demo."""
-    try:
-        found = open_data(data or "demo/brick")[0]
-    except AdflowError:
-        found = open_data("demo/brick")[0]
-    good, bad = ([s for s in found.test if s.label == label] for label in (0, 1))
-    paired = [sample for pair in zip(good, bad, strict=False) for sample in pair]
-    return list(paired or good or found.train)[:count]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ from adflow.pipeline import run
 from adflow.runs import DETECTOR, run_name, runs_folder
 from adflow.tasks._bank import TrainFeatures, can_share, image_bytes
 from adflow.tasks._device import choose_device
+from adflow.tasks._proof import remember
 from adflow.tasks._ray import Cluster
 
 DEFAULT_METHOD = "cflow"
@@ -91,6 +93,10 @@ def hold_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]
     return [i for i in range(count) if i not in out], chosen
 
 
+def _split(count: int, options: FitOptions) -> tuple[list[int], list[int]]:
+    return hold_out(count, 0.0 if options.folds > 1 else options.holdout, options.seed)
+
+
 def fit(
     data: Dataset,
     options: FitOptions | None = None,
@@ -148,7 +154,7 @@ def _fit(
         fitted = fit_detector(detector, data.train, options, size, keep_aspect, progress)
         if _ranks.rank() > 0:
             return fitted
-        summary = save_run(detector, data, fitted, folder, command)
+        summary = save_run(detector, data, options, fitted, folder, command)
         checkpoint.unlink(missing_ok=True)
     return summary
 
@@ -199,10 +205,17 @@ def fit_classes(unit: Sequence[_Class]) -> Iterator[dict[str, Any] | Exception]:
 
 
 def save_run(
-    detector: Detector, data: Dataset, fitted: dict[str, Any], folder: Path, command: str | None
+    detector: Detector, data: Dataset, options: FitOptions, fitted: dict[str, Any], folder: Path, command: str | None
 ) -> dict[str, Any]:
     """Write the run folder of a fitted detector; return the summary that stands in its ``fit.json``."""
-    detector.provenance |= {"data": data.name, "fingerprint": data.fingerprint(), "command": command}
+    _, held = _split(len(data.train), options)
+    calibrated = data.train if options.folds > 1 else Chosen(data.train, held)
+    detector.provenance |= {
+        "data": data.name,
+        "fingerprint": data.fingerprint(),
+        "command": command,
+        "held_out_images": remember(calibrated, data.root),
+    }
     path = save_detector(detector, folder / DETECTOR)
     summary = {"run": folder.name, "detector": str(path), "data": data.name, **fitted, "notes": data.notes}
     write_text(folder / "fit.json", json.dumps(summary, indent=2, default=str) + "\n")
@@ -244,7 +257,7 @@ def fit_detector(
         InputError: fewer than 2 images to fit on.
     """
     began = time.perf_counter()
-    chosen, held = hold_out(len(train), 0.0 if options.folds > 1 else options.holdout, options.seed)
+    chosen, held = _split(len(train), options)
     if len(chosen) < 2:
         raise InputError(
             f"{len(chosen)} good training images, expected at least 2 (better 40 or more)",
@@ -392,6 +405,11 @@ def calibrate(model: Path, good: Sequence[Sample], *, device: str = "auto", stri
     with claim(model.parent):
         detector = load_detector(model, device=choose_device(device))
         detector.calibration = _calibration(detector, good, strict)
-        detector.provenance = detector.provenance | {"held_out": len(good), "recalibrated": True}
+        folder = Path(os.path.commonpath([sample.image.absolute().parent for sample in good]))
+        detector.provenance = detector.provenance | {
+            "held_out": len(good),
+            "recalibrated": True,
+            "held_out_images": remember(good, folder),
+        }
         save_detector(detector, model)
     return {"detector": str(model), "images": len(good), "calibration": detector.calibration.health()}

@@ -22,7 +22,8 @@ from adflow.detector_file import save_detector
 from adflow.errors import AdflowError
 from adflow.runs import DETECTOR
 from adflow.tasks._program import Form
-from adflow.tasks.export import FORMATS, default_samples, export_bundle
+from adflow.tasks._proof import default_samples
+from adflow.tasks.export import FORMATS, export_bundle
 from adflow.tasks.fit import FitOptions, fit_detector, prepare
 
 # Training long enough to leave the starting point, no longer: parity does not depend on quality.
@@ -40,7 +41,8 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     (data, *_) = open_data(chosen.data)
-    samples, formats = default_samples(chosen.images, chosen.data), chosen.formats.split(",")
+    samples, _ = default_samples(chosen.images, {"data": chosen.data})
+    formats = chosen.formats.split(",")
     reasons: list[str] = []
     print(f"| method | detector ms | {' | '.join(formats)} | lowest mask IoU |")
     print("|---" * (len(formats) + 3) + "|")

@@ -18,11 +18,14 @@ import torch
 from PIL import Image
 
 from adflow import fetch
-from adflow.bundle import load_bundle, open_model
+from adflow.bundle import load_bundle, open_model, sha256_of
+from adflow.data import Sample
+from adflow.detector_file import load_detector, read_header
 from adflow.imaging import fit_to
 from adflow.tasks import export as task
+from adflow.tasks._proof import default_samples, remember
 
-from .conftest import Call, Result
+from .conftest import Call, Result, write_part
 
 PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino")}
 MISSING = {kind: [name for name in names if find_spec(name) is None] for kind, names in PACKAGES.items()}
@@ -71,6 +74,44 @@ def test_the_certificate_proves_equality(bundle: Path) -> None:
     about = json.loads((bundle / "metadata.json").read_text())
     assert about["thresholds"]["image"] is not None and about["licences"]["training data"]["name"] == "unknown"
     assert "training data: unknown" in (bundle / "LICENCES.txt").read_text()
+
+
+def test_the_default_proof_is_on_the_held_out_images_and_defective_ones(
+    parts: Path, runs: Path, tmp_path: Path, call: Call
+) -> None:
+    done = call("export", "--runs", runs, "-f", "torchscript", "--count", 5, "--out", tmp_path / "x", "--json")
+    assert done.code == 0 and "(good images held out in the fit" in " ".join(done.err.split())
+    found = json.loads((tmp_path / "x" / "certificate.json").read_text())
+    assert "held out in the fit" in found["source"] and "test images of my parts" in found["source"]
+    (source,) = runs.glob("*/detector.safetensors")
+    held = read_header(source)["provenance"]["held_out_images"]["files"]
+    assert len(held) == 8 and all((parts / name).is_file() and name.startswith("train/good/") for name in held)
+    bad = {sha256_of(path) for path in (parts / "test" / "spot").glob("*.png")}
+    kinds = [sha in held.values() for sha in found["images_sha256"]]
+    assert kinds == [True, False, True, False, True] and set(found["images_sha256"]) <= {*held.values(), *bad}
+
+
+def test_held_out_images_are_known_by_their_content_wherever_the_data_lie_now(parts: Path, tmp_path: Path) -> None:
+    good = sorted((parts / "train" / "good").glob("*.png"))
+    known = remember([Sample(path, "train", 0, None, None) for path in good], parts)
+    assert len(known["files"]) == 32
+    known["folder"] = str(tmp_path / "gone")
+    moved = shutil.copytree(parts, tmp_path / "mvtec" / "parts")
+    first = next(iter(known["files"]))
+    (moved / first).write_bytes((moved / "test/good/000.png").read_bytes())
+    made = {"data": "mvtec/parts", "held_out_images": known}
+    samples, source = default_samples(100, made, tmp_path)
+    assert "held out" in source and "test images of mvtec/parts" in source
+    again = {str(s.image.relative_to(moved)) for s in samples if s.split == "train"}
+    assert again == set(known["files"]) - {first} and sum(bool(s.label) for s in samples) == 6
+    # Without them: what the data set has; without that, and with detectors that remember none: the demo, said aloud.
+    shutil.rmtree(moved / "train" / "good")
+    write_part(moved / "train" / "good", 2, np.random.default_rng(9))
+    samples, source = default_samples(6, made, tmp_path)
+    assert source == "test images of mvtec/parts" and [s.label for s in samples] == [0, 1] * 3
+    for made in ({"data": "mvtec/nothing"}, {"data": "parts"}, {}):
+        samples, source = default_samples(4, made, tmp_path)
+        assert len(samples) == 4 and source.startswith("test images of demo/brick, as neither")
 
 
 def within(bundle: Path) -> float:
@@ -130,8 +171,6 @@ def test_predict_needs_neither_torch_nor_adflow_and_gives_the_verdicts(
 @ONNX
 def test_one_file_takes_any_batch_and_any_size(any_bundle: Path, parts: Path, runs: Path) -> None:
     """Pictures as a camera gives them, of two sizes, alone and together, against Pillow's resize and the detector."""
-    from adflow.detector_file import load_detector
-
     found = json.loads((any_bundle / "certificate.json").read_text())
     assert found["batch_max_difference"] == 0 and found["size_max_difference"] <= within(any_bundle)
     (source,) = runs.glob("*/detector.safetensors")
@@ -232,7 +271,6 @@ def test_int8_is_measured_on_given_data_and_refused_beyond_the_allowed_loss(
 
 
 def test_a_loss_of_accuracy_is_refused() -> None:
-    from adflow.data import Sample
     from adflow.errors import GateError
     from adflow.tasks._certificate import _accuracy
 
