@@ -7,6 +7,7 @@ A method subclasses :class:`Detector`, or :class:`FeatureDetector` when it works
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from adflow._clock import stage
 from adflow.errors import InputError, unknown
-from adflow.features import Extract, FeatureBank
+from adflow.features import FeatureBank
 from adflow.imaging import Box, upsample
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class Resources:
         dtype: storage type of features: "float32" (exact), "float16" or "bfloat16".
         workers: images that pass the backbone at once on a CPU; None = the cores, at most 8.
         checkpoint: file for the state of an interrupted fit, or None.
-        extract: what takes images through the backbone; None = this process.
+        spread: makes a bank of images whose features lie elsewhere, such as on the nodes of a cluster, from a backbone,
+            images, storage type and progress; None = here.
         bank: the features of the very images that are fitted on, where they have been extracted before.
     """
 
@@ -99,8 +101,22 @@ class Resources:
     dtype: str = "float32"
     workers: int | None = None
     checkpoint: Path | None = None
-    extract: Extract | None = None
+    spread: Callable[[Backbone, ImageSource, str, Progress | None], FeatureBank] | None = None
     bank: FeatureBank | None = None
+
+    def build(self, backbone: Backbone, images: ImageSource, progress: Progress | None = None) -> FeatureBank:
+        """Pass every image through ``backbone`` once; return the features, on which the caller closes the door."""
+        if self.spread is not None:
+            return self.spread(backbone, images, self.dtype, progress)
+        return FeatureBank.build(
+            backbone,
+            images,
+            memory=self.memory,
+            folder=self.folder,
+            dtype=self.dtype,
+            workers=self.workers,
+            progress=progress,
+        )
 
 
 class Detector(nn.Module, ABC):
@@ -370,16 +386,7 @@ class FeatureDetector(Detector):
             raise InputError("there is no image to fit on, expected at least 1")
         if resources.bank is not None:
             return self.fit_bank(resources.bank, seed=seed, progress=progress, checkpoint=resources.checkpoint)
-        with FeatureBank.build(
-            self.backbone,
-            source,
-            memory=resources.memory,
-            folder=resources.folder,
-            dtype=resources.dtype,
-            workers=resources.workers,
-            extract=resources.extract,
-            progress=progress,
-        ) as bank:
+        with resources.build(self.backbone, source, progress) as bank:
             return self.fit_bank(bank, seed=seed, progress=progress, checkpoint=resources.checkpoint)
 
     def fit_bank(
@@ -403,6 +410,12 @@ class FeatureDetector(Detector):
         self.eval()
         self._settle()
         return self
+
+    def without_backbone(self) -> Self:
+        """Return this detector without its backbone, sharing all tensors: all it takes to work on features."""
+        head = copy.copy(self)
+        head._modules = {name: module for name, module in self._modules.items() if name != "backbone"}
+        return head
 
     def _settle(self) -> None:
         """Freeze what was learned, laid out as a file would give it back.

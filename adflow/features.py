@@ -34,6 +34,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 _GIB = 1 << 30
 _GPU_BATCH = 16  # images per pass on a GPU
 _EXCHANGED = 16  # images a process takes before features are exchanged, where several fit one detector
+# Images whose features are learned from together, before what is known of them is merged with that of others. Part of
+# the result, by the grouping of its sums: the same number wherever the work is done.
+PART = 1024
 
 T = TypeVar("T")
 Progress = Callable[[int, int, str], object]
@@ -67,8 +70,15 @@ class Divisible(ImageSource, Protocol):
         ...
 
 
-Extract = Callable[[Backbone, ImageSource], Iterator[tuple[tuple[int, int], list[Tensor]]]]
-"""From a backbone and images to (image size, pyramid of one row) in the order of the images."""
+class Mergeable(Protocol):
+    """What is known of some images, such as sums."""
+
+    def merge(self, other: Self, /) -> None:
+        """Take in what is known of further images."""
+        ...
+
+
+State = TypeVar("State", bound=Mergeable)
 
 
 class FeatureBank:
@@ -83,6 +93,7 @@ class FeatureBank:
         views: rows per image; row r belongs to image r // views.
         note: one line that says where the features lie and why.
         on_disk: whether they lie in files.
+        first: number of its first image in the bank that this is a part of (see :meth:`parts`), else 0.
     """
 
     def __init__(self, stores: Sequence[Store], size: tuple[int, int], views: int, note: str, on_disk: bool) -> None:
@@ -93,6 +104,7 @@ class FeatureBank:
         self.views = views
         self.note = note
         self.on_disk = on_disk
+        self.first = 0
 
     @classmethod
     def build(
@@ -107,7 +119,6 @@ class FeatureBank:
         augment: Augment | None = None,
         generator: torch.Generator | None = None,
         workers: int | None = None,
-        extract: Extract | None = None,
         progress: Progress | None = None,
     ) -> Self:
         """Pass every image through ``backbone`` once per view and keep the features.
@@ -123,7 +134,6 @@ class FeatureBank:
                 view.
             generator: seeds the generators that ``augment`` gets, one per row; required with ``augment``.
             workers: threads on a CPU; None = the cores of this process, at most 8. Does not change any bit.
-            extract: takes images through the backbone somewhere else, without ``augment`` only; None = here.
             progress: called with (rows done, rows expected, "features").
 
         Raises:
@@ -143,8 +153,7 @@ class FeatureBank:
         stores: list[Store] = []
         size, note, on_disk, done = (0, 0), "", False, 0
         try:
-            elsewhere = None if extract is None or augment is not None else extract(backbone, images)
-            for row, (seen, pyramid) in enumerate(elsewhere or extraction.together(images)):
+            for row, (seen, pyramid) in enumerate(extraction.together(images)):
                 if not stores:
                     size = seen
                     stores, note, on_disk = _plan(pyramid, rows, memory, folder, DTYPES[dtype])
@@ -189,6 +198,28 @@ class FeatureBank:
         rows = [image * self.views + view for image in images for view in range(self.views)]
         stores = [SubsetStore(store, rows) for store in self._stores]
         return FeatureBank(stores, self.size, self.views, self.note, self.on_disk)
+
+    def parts(self, work: Callable[[FeatureBank], T]) -> Iterator[T]:
+        """Yield what ``work`` makes of every :data:`PART` images, in order.
+
+        Here that happens in this process; a bank that lies elsewhere sends ``work`` there, which so must be picklable.
+        """
+        for images in self._in_parts():
+            part = self.subset(images)
+            part.first = images.start
+            yield work(part)
+
+    def _in_parts(self) -> Iterator[range]:
+        count = len(self) // self.views
+        return (range(first, min(first + PART, count)) for first in range(0, count, PART))
+
+    def merged(self, work: Callable[[FeatureBank], State]) -> State:
+        """Return what ``work`` knows of all images: what it knows of every part, merged in order."""
+        parts = self.parts(work)
+        whole = next(parts)
+        for part in parts:
+            whole.merge(part)
+        return whole
 
     def level(self, index: int) -> Tensor:
         """Return all features of one level [N, C, h, w] in the stored dtype; mapped into memory when on disk.
@@ -298,10 +329,23 @@ def _human(size: int) -> str:
 
 
 def extract(
-    backbone: Backbone, images: ImageSource, workers: int | None = None
-) -> list[tuple[tuple[int, int], list[Tensor]]]:
-    """Return (image size, pyramid of one row) of some images: what :meth:`FeatureBank.build` would keep of them."""
-    return list(_Extraction(backbone, None, None, 1, workers).run(images))
+    backbone: Backbone, images: ImageSource, *, dtype: str = "float32", workers: int | None = None, first: int = 0
+) -> tuple[tuple[int, int], list[Tensor]]:
+    """Return the size of some images and their features [n, C, h, w], a tensor per level; none of no readable image.
+
+    Args:
+        backbone: as in :meth:`FeatureBank.build`, of which this is one piece.
+        images: likewise.
+        dtype: likewise.
+        workers: likewise.
+        first: number of the first image, for messages.
+    """
+    rows = list(_Extraction(backbone, None, None, 1, workers).run(images)) if len(images) else []
+    levels = [
+        torch.cat([_finite(level, DTYPES[dtype], first + i) for i, level in enumerate(level_rows)])
+        for level_rows in zip(*(pyramid for _, pyramid in rows), strict=True)
+    ]
+    return (rows[0][0] if rows else (0, 0)), levels
 
 
 class _Extraction:

@@ -391,3 +391,18 @@ def test_a_gpu_takes_images_in_batches(tiny_backbone: Backbone, source: Source) 
     with FeatureBank.build(tiny_backbone.cuda(), source) as bank:
         assert bank.level(0).device.type == "cpu"
         assert len(bank) == 7
+
+
+def test_parts_are_consecutive_images_and_are_merged_in_order(
+    tiny_backbone: Backbone, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Seen(list[torch.Tensor]):
+        merge = list.extend
+
+    monkeypatch.setattr(features, "PART", 2)
+    with FeatureBank.build(tiny_backbone, source) as whole:
+        bank = whole.subset([4, 0, 1, 3, 2])
+        parts = list(bank.parts(lambda part: (part.first, len(part))))
+        assert parts == [(0, 2), (2, 2), (4, 1)]
+        seen = bank.merged(lambda part: Seen(part.level(1).split(1)))
+        assert torch.equal(torch.cat(seen), bank.level(1))

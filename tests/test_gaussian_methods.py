@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,12 @@ from conftest import make_tiny_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adflow import features
+from adflow._rows import RamStore
 from adflow.backbones import Backbone
 from adflow.errors import AdflowError, InputError, ResourceError, UsageError
-from adflow.methods._gaussian import PositionGaussians, global_whitening
+from adflow.features import FeatureBank
+from adflow.methods._gaussian import PositionGaussians, global_whitening, moments_of
 from adflow.methods._memory import nearest
 from adflow.methods._whiten import (
     Moments,
@@ -43,28 +45,44 @@ def correlated(n: int, positions: int, width: int, seed: int = 0) -> torch.Tenso
     return normal(n, positions, width, seed=seed) @ mixing + 100 * normal(width, seed=seed + 2)
 
 
+def bank_of(levels: list[torch.Tensor]) -> FeatureBank:
+    """A bank of features [n, C, h, w] of images of 64 x 48 pixels."""
+    stores = [RamStore((level.shape[1], level.shape[2], level.shape[3]), torch.float32, len(level)) for level in levels]
+    for store, level in zip(stores, levels, strict=True):
+        for row in level.split(1):
+            store.append(row)
+    return FeatureBank(stores, (64, 48), 1, "", on_disk=False)
+
+
+def of_vectors(vectors: torch.Tensor) -> FeatureBank:
+    """A bank with one level that holds vectors [n, P, d]."""
+    return bank_of([vectors.transpose(1, 2).unsqueeze(3)])
+
+
+def vectors_of(pyramid: list[torch.Tensor]) -> torch.Tensor:
+    return pyramid[0].flatten(2).transpose(1, 2)
+
+
 # Statistics
 
 
 def test_padim_of_parts_is_padim_of_the_whole() -> None:
     """Statistics of unequal parts, merged in any order, give the same Gaussians: to 1e-9 before they become float32."""
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(57, 6, 5, generator=generator, dtype=torch.float64)
-    vectors = vectors * torch.tensor([1e-2, 1, 3, 10, 1e3]).double() + 1e3
-    pieces = [vectors[:2], vectors[2:40], vectors[40:]]
-    whole = PositionGaussians.statistics(lambda: [vectors])
-    white = global_whitening(lambda: [vectors], 5, 0.01)
-    known = torch.from_numpy(np.cov(vectors.reshape(-1, 5).numpy().T))
+    vectors = torch.randn(57, 6, 5, generator=generator) * torch.tensor([1e-2, 1, 3, 10, 1e3]) + 1e3
+    bank = of_vectors(vectors)
+    pieces = [bank.subset(range(2)), bank.subset(range(2, 40)), bank.subset(range(40, 57))]
+    whole = moments_of(vectors_of, 5, slice(None), bank)
+    white = global_whitening(bank, vectors_of, 5, 0.01)
+    known = torch.from_numpy(np.cov(vectors.double().reshape(-1, 5).numpy().T))
     reach = known.diagonal().sqrt().unsqueeze(1) * known.diagonal().sqrt()
     for order in ((0, 1, 2), (2, 0, 1)):
-        merged = PositionGaussians.statistics(lambda order=order: [pieces[order[0]]])
+        merged = moments_of(vectors_of, 5, slice(None), pieces[order[0]])
         everywhere = Moments(1, 5)
         for i in order[1:]:
-            merged.merge(PositionGaussians.statistics(lambda i=i: [pieces[i]]))
+            merged.merge(moments_of(vectors_of, 5, slice(None), pieces[i]))
         for i in order:
-            part = Moments(1, 5)
-            part.add(pieces[i].reshape(-1, 1, 5))
-            everywhere.merge(part)
+            everywhere.merge(moments_of(vectors_of, 5, None, pieces[i]))
         scale = whole.covariance().diagonal(dim1=1, dim2=2).sqrt()
         size = scale.unsqueeze(2) * scale.unsqueeze(1)  # what an entry of a covariance is measured against
         assert float(((merged.covariance() - whole.covariance()) / size).abs().max()) < 1e-9
@@ -137,7 +155,7 @@ def test_distances_are_those_of_solving_by_position(rank: int | None, whiten: bo
     vectors, new = correlated(40, 5, 6), correlated(3, 5, 6, seed=9)
     model = PositionGaussians(5, 6, rank)
     # Room for the scatter of three positions and to work on one: two passes, the last one not full.
-    white = model.fit(lambda: vectors.split(16), whiten=whiten, ridge=0.01, shrinkage=0.2 * whiten, work=48 * 36)
+    white = model.fit(of_vectors(vectors), vectors_of, whiten=whiten, ridge=0.01, shrinkage=0.2 * whiten, work=48 * 36)
     for p in range(5):
         x = vectors[:, p].double()
         covariance = torch.cov(x.T)
@@ -197,23 +215,22 @@ def pyramid(seed: int = 0, count: int = 12) -> list[torch.Tensor]:
     return [normal(count, 4, 8, 6, seed=seed), normal(count, 5, 4, 3, seed=seed + 100)]
 
 
-class Bank:
-    def __init__(self, levels: list[torch.Tensor]) -> None:
-        self.levels = levels
-        self.channels = [level.shape[1] for level in levels]
-        self.grids = [(level.shape[2], level.shape[3]) for level in levels]
-        self.size = (64, 48)
-
-    def __len__(self) -> int:
-        return len(self.levels[0])
-
-    def batches(self, batch_size: int) -> Iterator[list[torch.Tensor]]:
-        for start in range(0, len(self), batch_size):
-            yield [level[start : start + batch_size] for level in self.levels]
-
-
 def fitted(detector: Any, levels: list[torch.Tensor], seed: int = 0) -> Any:
-    return detector.fit_bank(Bank(levels), seed=seed)
+    return detector.fit_bank(bank_of(levels), seed=seed)
+
+
+@pytest.mark.parametrize(
+    "make", [PaDiM, lambda b: PatchCore(b, coreset="100%"), lambda b: Local(b, coreset="100%", samples=16)]
+)
+def test_what_is_learned_of_parts_is_what_is_learned_of_the_whole(
+    make: Any, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fitted(make(tiny_backbone), pyramid(count=15))
+    monkeypatch.setattr(features, "PART", 4)
+    parts = fitted(make(tiny_backbone), pyramid(count=15))
+    # Sums in float64, grouped otherwise, then rounded to float32.
+    for name, tensor in whole.learned().items():
+        torch.testing.assert_close(parts.learned()[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_padim_of_the_paper_by_definition(tiny_backbone: Backbone) -> None:

@@ -18,8 +18,8 @@ from PIL import Image
 
 from adflow import methods
 from adflow.data import Images, Sample
+from adflow.detector import Resources
 from adflow.errors import InputError, UnavailableError
-from adflow.features import FeatureBank
 from adflow.pipeline import run
 from adflow.tasks import _ray
 
@@ -86,13 +86,13 @@ def test_images_and_units_are_those_of_one_process_and_a_lost_node_costs_its_own
 
     # Features: as extracted here, for any method.
     ours_bank, theirs_bank = (
-        FeatureBank.build(TinyBackbone(), Images([s.image for s in samples] * 2, (64, 64)), extract=extract)
-        for extract in (None, there.features)
+        Resources(spread=spread).build(TinyBackbone(), Images([s.image for s in samples] * 2, (64, 64)))
+        for spread in (None, there.bank)
     )
     assert len(theirs_bank) == 38
     assert all(torch.equal(ours_bank.level(k), theirs_bank.level(k)) for k in range(3))
     images = Images([s.image for s in samples], (64, 64))
-    FeatureBank.build(TinyBackbone(), images, extract=there.features)
+    there.bank(TinyBackbone(), images, "float32", None)
     assert len(images) == 19 and [path.name for path, _ in images.skipped] == ["3.png"]
 
     # Units: one node dies when two results are there.

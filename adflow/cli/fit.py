@@ -102,7 +102,8 @@ def fit(
     # One class: its images are divided. Several: each is a task.
     spread = options
     if cluster is not None:
-        spread = replace(options, resources=replace(options.resources, extract=cluster.features))
+        resources = replace(options.resources, spread=cluster.bank, workers=cluster.cpus)
+        spread = replace(options, resources=resources)
 
     def fitted() -> Iterator[dict[str, Any] | Exception]:
         if cluster is not None and len(classes) > 1:

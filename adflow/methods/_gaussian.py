@@ -1,30 +1,41 @@
-"""A Gaussian at every position of a grid: fitted from streamed batches, scored by one product a position.
+"""A Gaussian at every position of a grid: fitted from parts of the images, scored by one product a position.
 
 Used by PaDiM and by our own method. See ``_whiten`` for the statistics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from adflow.errors import InputError
+from adflow.features import FeatureBank
 from adflow.methods._whiten import Moments, Whitening, inverse_factor, shrink, whitening
 
-Batches = Callable[[], Iterable[Tensor]]
-"""Called for every pass over the training data; yields vectors [n, P, d]."""
+Vectors = Callable[[list[Tensor]], Tensor]
+"""From a pyramid to vectors [B, P, d]; picklable, see :meth:`FeatureBank.parts`."""
 
+BATCH = 32  # images whose vectors are made together
 WORK = 256 << 20  # bytes of float64 statistics held at once when no limit is set
 
 
-def global_whitening(batches: Batches, width: int, ridge: float) -> Whitening:
-    """Return the whitening of all vectors [n, P, width] of all positions, in one pass."""
-    moments = Moments(1, width)
-    for vectors in batches():
-        moments.add(vectors.reshape(-1, 1, width))
-    return whitening(moments, ridge)
+def moments_of(vectors: Vectors, width: int, positions: slice | None, part: FeatureBank) -> Moments:
+    """Return the moments of some images at some ``positions``, or with None of all positions as if they were one."""
+    moments: Moments | None = None
+    for pyramid in part.batches(BATCH):
+        found = vectors(pyramid)
+        found = found.reshape(-1, 1, width) if positions is None else found[:, positions]
+        moments = moments or Moments(found.shape[1], width)
+        moments.add(found)
+    assert moments is not None  # a part has at least one image
+    return moments
+
+
+def global_whitening(bank: FeatureBank, vectors: Vectors, width: int, ridge: float) -> Whitening:
+    """Return the whitening of all vectors of all positions, in one pass."""
+    return whitening(bank.merged(partial(moments_of, vectors, width, None)), ridge)
 
 
 class PositionGaussians(nn.Module):
@@ -70,7 +81,8 @@ class PositionGaussians(nn.Module):
 
     def fit(
         self,
-        batches: Batches,
+        bank: FeatureBank,
+        vectors: Vectors,
         *,
         whiten: bool,
         ridge: float,
@@ -81,7 +93,8 @@ class PositionGaussians(nn.Module):
         """Learn all positions, as many at a time as ``work`` bytes of statistics allow (at least one).
 
         Args:
-            batches: the training vectors, any number of times.
+            bank: of the training images.
+            vectors: of a pyramid.
             whiten: model in the whitened space of all vectors of all positions.
             ridge: added to the covariances' diagonal; with ``whiten`` to the eigenvalues of the global
                 correlation.
@@ -97,13 +110,14 @@ class PositionGaussians(nn.Module):
         """
         positions, width = self.mean_.shape
         # A pass over the data costs more than what is learned from it: half of the room holds as many scatters as it
-        # can, the other half is to work in. Where all are held at once, they say what all positions share as well.
+        # can, the other half those of a further part, and then the work. Where all are held at once, they say what all
+        # positions share as well.
         held = max(1, work // 2 // (8 * width * width))
-        white = global_whitening(batches, width, ridge) if whiten and held < positions else None
+        white = global_whitening(bank, vectors, width, ridge) if whiten and held < positions else None
         step = max(1, work // 2 // self._work(width))
         for first in range(0, positions, held):
             last = min(first + held, positions)
-            moments = self.statistics(batches, slice(first, last))
+            moments = bank.merged(partial(moments_of, vectors, width, slice(first, last)))
             if whiten and white is None:
                 white = whitening(moments.pooled(), ridge)
             for start in range(first, last, step):
@@ -113,18 +127,6 @@ class PositionGaussians(nn.Module):
                 if progress:
                     progress(part.stop, positions, "position Gaussians")
         return white
-
-    @staticmethod
-    def statistics(batches: Batches, positions: slice = slice(None)) -> Moments:
-        """Return the moments at some positions; those of parts of the data can be merged (Moments.merge)."""
-        moments: Moments | None = None
-        for vectors in batches():
-            part = vectors[:, positions]
-            moments = moments or Moments(part.shape[1], part.shape[2])
-            moments.add(part)
-        if moments is None:
-            raise InputError("there is no image to fit on, expected at least 2")
-        return moments
 
     def learn(
         self, moments: Moments, white: Whitening | None, positions: slice, *, ridge: float, shrinkage: float

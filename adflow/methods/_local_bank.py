@@ -54,29 +54,36 @@ class LocalBank(nn.Module):
 
     # --- fill -----------------------------------------------------------------------------------------------
 
-    def start(self, samples: int) -> None:
-        """Begin an empty bank that keeps at most ``samples`` patches a cell."""
-        self._samples, self._seen, self._held = samples, 0, []
+    def start(self, samples: int, first: int = 0) -> None:
+        """Begin an empty bank that keeps at most ``samples`` patches a cell, of images from number ``first`` on."""
+        self._samples, self._seen, self._held = samples, first, []
         self._numbers = torch.zeros(len(self.meets), 0, dtype=torch.int64)
 
     def add(self, patches: Tensor) -> None:
         """Take the patches [n, P, width] of n further images; at most twice ``samples`` are held."""
-        for start in range(0, len(patches), self._samples):
-            part = patches[start : start + self._samples]
-            if self._numbers.shape[1] + len(part) > 2 * self._samples:
-                self._reduce()
-            self._held.append(part.transpose(0, 1))  # [P, n, width]
+        for part in torch.split(patches, self._samples):
             numbers = torch.arange(self._seen, self._seen + len(part)).expand(len(self.meets), -1)
-            self._numbers = torch.cat([self._numbers, numbers], dim=1)
+            self.take(part.transpose(0, 1), numbers)
             self._seen += len(part)
 
-    def finish(self) -> None:
-        """Pack what was added; numbers of the images are kept until the next save, for leaving images out."""
+    def take(self, kept: Tensor, numbers: Tensor) -> None:
+        """Take what another bank has :meth:`kept` of other images."""
+        if self._numbers.shape[1] + kept.shape[1] > 2 * self._samples:
+            self._reduce()
+        self._held.append(kept)
+        self._numbers = torch.cat([self._numbers, numbers], dim=1)
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Return the patches [P, n, width] kept, at most ``samples`` a cell, and the numbers [P, n] of their images."""
         if not self._held:
             raise InputError("there is no image to fit on, expected at least 1")
         if self._numbers.shape[1] > self._samples:
             self._reduce()
-        held = torch.cat(self._held, dim=1)
+        return torch.cat(self._held, dim=1), self._numbers
+
+    def finish(self) -> None:
+        """Pack what was added; numbers of the images are kept until the next save, for leaving images out."""
+        held, _ = self.kept()
         self._held = []
         self.halves_ = (held.square().sum(dim=2) / 2).unsqueeze(1).contiguous()  # [P, 1, n]
         self.bank_ = held.transpose(1, 2).contiguous()  # [P, width, n]

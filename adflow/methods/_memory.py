@@ -348,9 +348,9 @@ class StreamingCoreset:
     Rows are collected until ``capacity``, then reduced to ``size`` by the greedy choice, and so on: a coreset
     of coresets. Every kept row is an original row. Each reduction adds at most its own covering radius to the
     distance between a dropped row and the nearest kept one, so fewer reductions (a larger capacity) are
-    better; with one, the result is the plain greedy coreset. A coreset of the coresets of parts (:meth:`merge`) has at
-    most 4 times the best covering radius, where a greedy one of the whole has at most 2 times (Malkomes, Kusner, Chen,
-    Weinberger & Moseley, Fast distributed k-center clustering with outliers, 2015, theorem for no outliers).
+    better; with one, the result is the plain greedy coreset. A coreset of the coresets of parts has at most 4 times the
+    best covering radius, where a greedy one of the whole has at most 2 times (Malkomes, Kusner, Chen, Weinberger &
+    Moseley, Fast distributed k-center clustering with outliers, 2015, theorem for no outliers).
 
     Args:
         size: rows to keep.
@@ -366,12 +366,18 @@ class StreamingCoreset:
         self.generator = generator
         self.seen = 0
         self.reductions = 0
-        self._held = torch.empty(self.capacity, len(projection))
+        self._held = torch.empty(0, len(projection))
         self._count = 0
+
+    def fresh(self) -> StreamingCoreset:
+        """Return an empty coreset that draws as this one would now: for a part of the rows."""
+        return StreamingCoreset(self.size, self.capacity, self.projection, self.generator.clone_state())
 
     def add(self, rows: Tensor) -> None:
         """Take rows [n, D]."""
         self.seen += len(rows)
+        if not len(self._held):
+            self._held = torch.empty(self.capacity, len(self.projection))
         while len(rows):
             if self._count == self.capacity:
                 self._reduce()
@@ -379,12 +385,6 @@ class StreamingCoreset:
             self._held[self._count : self._count + taken] = rows[:taken]
             self._count += taken
             rows = rows[taken:]
-
-    def merge(self, other: StreamingCoreset) -> None:
-        """Take the rows another coreset holds; both then count what both have seen."""
-        seen = self.seen + other.seen
-        self.add(other._held[: other._count])
-        self.seen = seen
 
     def rows(self) -> Tensor:
         """Return the coreset [at most size, D]."""

@@ -47,7 +47,7 @@ images of screw and magnetic_tile, so figures on those two are somewhat optimist
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -56,7 +56,8 @@ from torch import Tensor
 
 from adflow.detector import Energy, FeatureDetector, ImageSource, Progress, Resources
 from adflow.errors import UsageError
-from adflow.methods._gaussian import WORK, Batches, PositionGaussians, global_whitening
+from adflow.features import PART
+from adflow.methods._gaussian import BATCH, WORK, PositionGaussians, global_whitening
 from adflow.methods._local_bank import LocalBank
 from adflow.methods._memory import (
     StreamingCoreset,
@@ -231,13 +232,8 @@ class Local(FeatureDetector):
     ) -> None:
         """Learn Gaussians and banks in passes over the features, then the scores of left-out images."""
         self._check_memory(len(bank), list(bank.channels), list(bank.grids))
-
-        def batches() -> Iterator[Tensor]:
-            for pyramid in bank.batches(32):
-                yield self.vectors(pyramid)
-
         d, width = self.near_.shape
-        white = self._fit_gaussians(batches, d, progress)
+        white = self._fit_gaussians(bank, d, progress)
         self.centre_.copy_(white.mean)
         # A rotation changes no distance; its first coordinates hold a fair share of every direction.
         rotation = torch.linalg.qr(torch.randn(d, width, generator=generator, dtype=torch.float64)).Q
@@ -251,28 +247,28 @@ class Local(FeatureDetector):
             capacity = min(rows, max(2 * size, held // (12 * width)))
             coreset = StreamingCoreset(size, capacity, random_projection(width, width, generator), generator)
         self.neighbours.start(self.samples)
-        done = 0
-        for vectors in batches():
-            near = self._near(vectors)
-            self.neighbours.add(near)
-            if coreset is not None:
-                coreset.add(near.flatten(0, 1))
-            done += len(near)
+        work = partial(self.without_backbone().patches, None if coreset is None else coreset.fresh())
+        for done, (patches, numbers, rows_kept) in enumerate(bank.parts(work), start=1):
+            self.neighbours.take(patches, numbers)
+            if coreset is not None and rows_kept is not None:
+                coreset.add(rows_kept)
             if progress:
-                progress(done, len(bank), "bank of patches")
+                progress(min(done * PART, len(bank)), len(bank), "bank of patches")
         self.neighbours.finish()
         if coreset is not None:
             self.bank_ = coreset.rows()
             self.halves_ = half_norms(self.bank_)
-        self._measure(batches(), len(bank))
+        self._measure(bank)
 
-    def _fit_gaussians(self, batches: Batches, d: int, progress: Progress | None) -> Whitening:
+    def _fit_gaussians(self, bank: FeatureBank, d: int, progress: Progress | None) -> Whitening:
         """Learn the Gaussians, when they are wanted, and return the whitening distances need in any case."""
+        vectors = self.without_backbone().vectors
         if not self.gaussian:
-            return global_whitening(batches, d, _RIDGE)
+            return global_whitening(bank, vectors, d, _RIDGE)
         limit = parse_bytes(self.max_memory)
         white = self.gaussians.fit(
-            batches,
+            bank,
+            vectors,
             whiten=True,
             ridge=_RIDGE,
             shrinkage=self.shrinkage,
@@ -282,22 +278,35 @@ class Local(FeatureDetector):
         assert white is not None  # it was asked for
         return white
 
+    def patches(self, like: StreamingCoreset | None, part: FeatureBank) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what the banks keep of some images: that of every place (:meth:`LocalBank.kept`), and a coreset."""
+        here = LocalBank(self.grid_, self.near_.shape[1], self.radius)
+        here.start(self.samples, part.first)
+        coreset = None if like is None else like.fresh()
+        for pyramid in part.batches(BATCH):
+            near = self._near(self.vectors(pyramid))
+            here.add(near)
+            if coreset is not None:
+                coreset.add(near.flatten(0, 1))
+        return *here.kept(), None if coreset is None else coreset.rows()
+
     def _near(self, vectors: Tensor) -> Tensor:
         return (vectors - self.centre_) @ self.near_
 
-    def _measure(self, batches: Iterator[Tensor], images: int) -> None:
+    def _measure(self, bank: FeatureBank) -> None:
         """Learn the unit of the score, and how left-out scores are spread at every position."""
-        step = max(1, images // _LEFT_OUT)
-        left_out, first = [], 0
-        for vectors in batches:
-            for i in range(-first % step, len(vectors), step):
-                left_out.append(self._pool(vectors[i : i + 1], own=first + i, images=images))
-            first += len(vectors)
-        scores = torch.cat(left_out)  # [n, P]
+        work = partial(self.without_backbone().left_out, max(1, len(bank) // _LEFT_OUT), len(bank))
+        scores = torch.cat(list(bank.parts(work)))  # [n, P]
         self.unit_.copy_(scores.mean())
         scale, dof = chi_square_fit(scores / self.unit_)
         self.scale_.copy_(scale)
         self.dof_.fill_(dof)
+
+    def left_out(self, step: int, images: int, part: FeatureBank) -> Tensor:
+        """Return the pooled distances [n, P] of every ``step``-th of all ``images`` that is in a part, left out."""
+        rows = range(-part.first % step, len(part), step)
+        found = [self._pool(self.vectors(part.pyramid([i])), part.first + i, images) for i in rows]
+        return torch.cat(found) if found else torch.zeros(0, math.prod(self.grid_))
 
     def _pool(self, vectors: Tensor, own: int | None = None, images: int = 0) -> Tensor:
         """Return the geometric mean of the squared distances [B, P].

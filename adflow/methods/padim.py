@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from adflow.detector import Energy, FeatureDetector, ImageSource, Progress, Resources
 from adflow.errors import UsageError
-from adflow.methods._gaussian import WORK, PositionGaussians
+from adflow.methods._gaussian import BATCH, WORK, PositionGaussians
 from adflow.methods._memory import common_grid, concatenate, keep_within, parse_bytes, pyramid_shapes
 from adflow.methods._whiten import chi_square_fit, leave_one_out
 
@@ -211,24 +210,24 @@ class PaDiM(FeatureDetector):
         checkpoint: Path | None = None,
     ) -> None:
         """Learn the Gaussians, and how the distances of normal images that are left out are spread."""
-
-        def batches() -> Iterator[Tensor]:
-            for pyramid in bank.batches(32):
-                yield self.vectors(pyramid)
-
         limit = parse_bytes(self.max_memory)
         self.gaussians.fit(
-            batches,
+            bank,
+            self.without_backbone().vectors,
             whiten=self.whiten,
             ridge=self.ridge,
             shrinkage=self.shrinkage,
             work=WORK if limit is None else min(WORK, limit // 8),
             progress=progress,
         )
-        distances = torch.cat([self.gaussians(vectors) for vectors in batches()])
+        distances = torch.cat(list(bank.parts(self.without_backbone().distances)))
         scale, dof = chi_square_fit(leave_one_out(distances, len(distances), 1 - self.shrinkage))
         self.scale_.copy_(scale)
         self.dof_.fill_(dof)
+
+    def distances(self, part: FeatureBank) -> Tensor:
+        """Return the squared distances [n, P] of some images."""
+        return torch.cat([self.gaussians(self.vectors(pyramid)) for pyramid in part.batches(BATCH)])
 
     def score_features(self, pyramid: list[Tensor]) -> Tensor:
         """Return the map [B, h, w]: deviations, or with ``log_det`` twice the nats per channel."""

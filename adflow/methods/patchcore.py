@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -17,7 +18,9 @@ from torch.nn import functional as F
 
 from adflow.detector import FeatureDetector, ImageSource, Progress, Resources, Scores, reduce_map
 from adflow.errors import UsageError
+from adflow.features import PART
 from adflow.imaging import Box, upsample
+from adflow.methods._gaussian import global_whitening
 from adflow.methods._memory import (
     StreamingCoreset,
     common_grid,
@@ -31,12 +34,12 @@ from adflow.methods._memory import (
     resident_bytes,
     to_grid,
 )
-from adflow.methods._whiten import Moments, whitening
 
 if TYPE_CHECKING:
     from adflow.backbones import Backbone
     from adflow.features import FeatureBank
 
+_RIDGE = 0.01  # added to the eigenvalues of the correlation: below it lies noise of the arithmetic
 _HELD = 2 << 30  # bytes of rows held at once while choosing, when no limit is set
 _UNDER_WAY = 128 << 20  # bytes left for the features of a batch when one is set
 
@@ -192,11 +195,14 @@ class PatchCore(FeatureDetector):
 
     # --- fit ------------------------------------------------------------------------------------------------
 
-    def _row_bytes(self, length: int) -> int:
-        """Bytes a row takes while the coreset is chosen: itself, its projection twice, and bookkeeping."""
-        return 4 * (length + 2 * min(self.projection, length) + 6)
+    def _row_bytes(self, length: int, parts: bool) -> int:
+        """Bytes a row takes while the coreset is chosen: itself, its projection twice, and bookkeeping.
 
-    def _capacity(self, size: int, rows: int, length: int) -> int:
+        With ``parts`` another row is held, chosen from the parts before.
+        """
+        return 4 * (length + 2 * min(self.projection, length) + 6 + parts * length)
+
+    def _capacity(self, size: int, rows: int, length: int, parts: bool) -> int:
         """Return how many rows to hold at once, or refuse.
 
         Raises:
@@ -206,14 +212,14 @@ class PatchCore(FeatureDetector):
         least = min(rows, 2 * size)
         keep_within(
             limit,
-            least * self._row_bytes(length) + 4 * size * length,
+            least * self._row_bytes(length, parts) + 4 * size * length,
             f"PatchCore with a coreset of {size} rows of {length} numbers",
             "Keep fewer rows (--set coreset=1% or a number), use a smaller size, or raise max_memory.",
         )
         left = _HELD
         if limit is not None:
             left = limit - resident_bytes() - 4 * size * length - _UNDER_WAY
-        return max(least, min(rows, left // self._row_bytes(length)))
+        return max(least, min(rows, left // self._row_bytes(length, parts)))
 
     def fit(
         self,
@@ -227,7 +233,8 @@ class PatchCore(FeatureDetector):
         if self.max_memory is not None and len(images):
             channels, grids = pyramid_shapes(self.backbone, images)
             rows = len(images) * math.prod(common_grid(grids, self.grid))
-            self._capacity(coreset_size(self.coreset, rows), rows, self._vector_length(channels))
+            size, length = coreset_size(self.coreset, rows), self._vector_length(channels)
+            self._capacity(size, rows, length, len(images) > PART)
         return super().fit(images, seed=seed, resources=resources, progress=progress)
 
     def prepare(
@@ -258,24 +265,26 @@ class PatchCore(FeatureDetector):
         length = self.bank_.shape[1]
         rows = len(bank) * math.prod(self.grid_)
         size = coreset_size(self.coreset, rows)
-        capacity = self._capacity(size, rows, length)
+        capacity = self._capacity(size, rows, length, len(bank) > PART)
         if self.whiten is not None:
-            moments = Moments(1, length)
-            for pyramid in bank.batches(32):
-                moments.add(self.embed(pyramid).reshape(-1, 1, length))
-            white = whitening(moments)
+            white = global_whitening(bank, self.without_backbone().embed, length, _RIDGE)
             self.mean_.copy_(white.mean)
             self.basis_.copy_(white.matrix(self.whiten))
         projection = random_projection(length, self.projection, generator)
         coreset = StreamingCoreset(size, capacity, projection, generator)
-        done = 0
-        for pyramid in bank.batches(8):
-            coreset.add(self.vectors(pyramid).flatten(0, 1))
-            done += len(pyramid[0])
+        for done, kept in enumerate(bank.parts(partial(self.without_backbone().chosen, coreset.fresh())), start=1):
+            coreset.add(kept)
             if progress:
-                progress(done, len(bank), "coreset")
+                progress(min(done * PART, len(bank)), len(bank), "coreset")
         self.bank_ = coreset.rows()
         self.halves_ = half_norms(self.bank_)
+
+    def chosen(self, like: StreamingCoreset, part: FeatureBank) -> Tensor:
+        """Return a coreset ``like`` that of all images, of some of them."""
+        coreset = like.fresh()
+        for pyramid in part.batches(8):
+            coreset.add(self.vectors(pyramid).flatten(0, 1))
+        return coreset.rows()
 
     # --- score ----------------------------------------------------------------------------------------------
 

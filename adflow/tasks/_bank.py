@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ import torch
 from adflow.calibration import Calibration
 from adflow.data import Images, Sample
 from adflow.detector import Detector, Energy, FeatureDetector, Progress, Resources
-from adflow.features import FeatureBank, one_thread
+from adflow.features import FeatureBank, T, one_thread
 from adflow.imaging import Box, Size, fit_to, read_image
 from adflow.pipeline import default_workers
 
@@ -45,16 +46,7 @@ class TrainFeatures:
         progress: Progress | None = None,
     ) -> None:
         source = Images(train, size, keep_aspect=keep_aspect, strict=strict)
-        self.bank = FeatureBank.build(
-            detector.backbone,
-            source,
-            memory=resources.memory,
-            folder=resources.folder,
-            dtype=resources.dtype,
-            workers=resources.workers,
-            extract=resources.extract,
-            progress=progress,
-        )
+        self.bank = resources.build(detector.backbone, source, progress)
         bad = {path for path, _ in source.skipped}
         self.skipped = [f"{path}: {reason}" for path, reason in source.skipped]
         readable = [i for i, sample in enumerate(train) if sample.image not in bad]
@@ -71,30 +63,30 @@ class TrainFeatures:
 
     def calibration(self, detector: Detector, indices: Sequence[int]) -> Calibration | None:
         """Calibrate on training images from their features; None as for :meth:`scores`."""
-        found = self.scores(detector, indices)
-        if found is None:
-            return None
-        return Calibration.from_maps([m for m, _ in found], np.array([value for _, value in found]))
+        parts = self._scored(detector, indices, Calibration.from_maps)
+        return None if not parts else parts[0] if len(parts) == 1 else Calibration.merge(parts)
 
-    def scores(self, detector: Detector, indices: Sequence[int]) -> list[tuple[np.ndarray, float]] | None:
+    def scores(self, detector: Detector, indices: Sequence[int]) -> np.ndarray | None:
         """Score training images from their features: the same bits as from their files, without decoding.
 
         Returns:
-            Map and image score of the readable ones; None when features cannot stand for the files (rounded,
-            letterboxed, another device or another way of scoring): then score the files.
+            Image scores of the readable ones; None when features cannot stand for the files (rounded, letterboxed,
+            another device or another way of scoring): then score the files.
         """
+        parts = self._scored(detector, indices, _values)
+        return np.concatenate(parts) if parts else None
+
+    def _scored(
+        self, detector: Detector, indices: Sequence[int], make: Callable[[list[np.ndarray], np.ndarray], T]
+    ) -> list[T]:
+        """Return what ``make`` makes of maps and image scores, part by part; nothing where features will not do."""
         rows = [(i, self._row[i]) for i in indices if i in self._row]
         if not rows or not self._exact or not isinstance(detector, FeatureDetector):
-            return None
-        box = Box(0, 0, *self.bank.size)
-        if not self._alike(detector, *rows[0], box):
-            return None
-
-        def score(row: int) -> tuple[np.ndarray, float]:
-            return _score(detector, self.bank, row, box)
-
-        with one_thread(), ThreadPoolExecutor(self._workers, "adflow-calibrate") as pool:
-            return list(pool.map(score, (row for _, row in rows)))
+            return []
+        if not self._alike(detector, *rows[0], Box(0, 0, *self.bank.size)):
+            return []
+        work = partial(_score_part, detector.without_backbone(), frozenset(row for _, row in rows), self._workers, make)
+        return [part for part in self.bank.parts(work) if part is not None]
 
     def energies(self, detector: Detector, indices: Sequence[int]) -> list[list[Energy]] | None:
         """Return the energies of training images one by one, or None when features cannot stand for the files."""
@@ -134,6 +126,27 @@ def _score(detector: FeatureDetector, bank: FeatureBank, row: int, box: Box) -> 
         pyramid = bank.pyramid([row])
         maps = detector.score_maps(pyramid, bank.size)
         return maps[0].numpy(), float(detector.score_images(pyramid, maps, [box])[0])
+
+
+def _score_part(
+    detector: FeatureDetector,
+    chosen: frozenset[int],
+    workers: int,
+    make: Callable[[list[np.ndarray], np.ndarray], T],
+    part: FeatureBank,
+) -> T | None:
+    """Score those rows of a part that are among the ``chosen`` of the whole bank; None without any."""
+    rows = [row for row in range(len(part)) if part.first + row in chosen]
+    if not rows:
+        return None
+    box = Box(0, 0, *part.size)
+    with one_thread(), ThreadPoolExecutor(workers, "adflow-calibrate") as pool:
+        found = list(pool.map(lambda row: _score(detector, part, row, box), rows))
+    return make([score_map for score_map, _ in found], np.array([value for _, value in found]))
+
+
+def _values(_: list[np.ndarray], values: np.ndarray) -> np.ndarray:
+    return values
 
 
 def bank_key(detector: Detector, size: Size, keep_aspect: bool) -> tuple[Any, ...]:

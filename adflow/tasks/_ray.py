@@ -1,4 +1,4 @@
-"""The same work on a Ray cluster: units of cells, and images to score.
+"""The same work on a Ray cluster: units of cells, images to score, and the images of one fit.
 
 Ray places each task on a node that has what it asks for, runs it again when its node or process is lost, and brings
 results and logs to this process. Data sets, ``--out`` and detectors must lie in folders that all nodes see by the
@@ -13,23 +13,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from adflow._rows import Shape, Store, SubsetStore
 from adflow.backbones import Backbone
 from adflow.data import Sample
-from adflow.detector import Detector
-from adflow.errors import ResourceError, UnavailableError
-from adflow.features import Divisible, ImageSource, extract
+from adflow.detector import Detector, Progress
+from adflow.errors import InputError, ResourceError, UnavailableError
+from adflow.features import DTYPES, Divisible, FeatureBank, ImageSource, T, extract
 from adflow.pipeline import Scored, run
 from adflow.tasks._jobs import Work, sendable
 
 RETRIES = 3  # times that Ray starts a lost task again
-# Images a task scores: enough to pay for sending the detector, few enough that a lost node costs little.
+# Images a task takes: enough to pay for sending a detector, few enough that a lost node costs little.
 _MOST_IMAGES, _LEAST_IMAGES = 256, 8
-_ROWS = 32  # images whose features come back together
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Cluster:
         found = there.get("CPU", 0) // self.cpus
         return max(1, int(min(found, there.get("GPU", 0) // self.gpus) if self.gpus else found))
 
-    def _need(self) -> dict[str, Any]:
+    def need(self) -> dict[str, Any]:
+        """Return what a task asks for, as options of Ray."""
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_retries": RETRIES}
 
     def units(
@@ -74,7 +75,7 @@ class Cluster:
         def start(unit: int, at: int) -> Any:
             # Streaming: a result is here when it is made, and stays when its node is lost later.
             need = {"num_returns": "streaming", "memory": min(memory[unit], most) if memory else None}
-            return ray.remote(_serve).options(**need, **self._need()).remote(_here(), work, units[unit][at:])
+            return ray.remote(_serve).options(**need, **self.need()).remote(_here(), work, units[unit][at:])
 
         streams = {start(unit, 0): (unit, 0) for unit in range(len(units))}
         try:
@@ -116,36 +117,57 @@ class Cluster:
         device = detector.device()
         shared = ray.put((_here(), detector.to("cpu"), after, keep_picture, keep_map, strict, workers or self.cpus))
         detector.to(device)
-        score = ray.remote(_score).options(**self._need())
+        score = ray.remote(_score).options(**self.need())
         size = min(_MOST_IMAGES, max(_LEAST_IMAGES, -(-len(samples) // (4 * self.slots))))
         tasks = (
             score.remote(shared, device.type, [samples[i] for i in range(at, min(at + size, len(samples)))])
             for at in range(0, len(samples), size)
         )
-        for found in self._in_order(tasks):
+        for found in self.in_order(tasks):
             yield from found
 
-    def features(self, backbone: Backbone, images: ImageSource) -> Iterator[tuple[tuple[int, int], list[torch.Tensor]]]:
-        """Yield (image size, pyramid of one row) of every image, in order; tasks take some images each.
+    def bank(self, backbone: Backbone, images: ImageSource, dtype: str, progress: Progress | None) -> FeatureBank:
+        """Pass every image through ``backbone`` on the nodes, and leave the features in their object stores.
 
-        So one detector is fitted on many nodes: what costs most, decoding and backbone, is done on all of them, and
-        the method learns here from the same features as ever.
+        So one detector is fitted on many nodes: decoding, backbone and what a method learns part by part are done
+        there. Features of a node that is lost are made again.
+
+        Raises:
+            InputError: no image can be read, or features are not finite.
+            ResourceError: a task was lost again and again.
         """
         import ray
 
         assert isinstance(images, Divisible)
         device = next(backbone.buffers()).device
-        shared = ray.put((_here(), backbone.to("cpu"), self.cpus))
+        shared = ray.put((_here(), backbone.to("cpu"), dtype, self.cpus))
         backbone.to(device)
-        skipped: list[tuple[Path, str]] = []
-        take = ray.remote(_extract).options(**self._need())
-        parts = (images.part(at, at + _ROWS) for at in range(0, len(images), _ROWS))
-        for rows, bad in self._in_order(take.remote(shared, device.type, part) for part in parts):
-            skipped += bad
-            yield from rows
-        images.leave_out(skipped)
+        take = ray.remote(_extract).options(num_returns=2, **self.need())
+        step = min(_MOST_IMAGES, max(_LEAST_IMAGES, -(-len(images) // (4 * self.slots))))
+        chunks: list[Any] = []
 
-    def _in_order(self, tasks: Iterator[Any]) -> Iterator[Any]:
+        def start() -> Iterator[Any]:
+            for at in range(0, len(images), step):
+                facts, chunk = take.remote(shared, device.type, images.part(at, at + step), at)
+                chunks.append(chunk)
+                yield facts
+
+        counts, skipped = [], []
+        size, shapes = (0, 0), list[Shape]()
+        for count, *found, bad in self.in_order(start()):
+            counts.append(count)
+            skipped += bad
+            if count:
+                size, shapes = found
+            if progress:
+                progress(sum(counts), len(images), "features")
+        images.leave_out(skipped)
+        if not shapes:
+            raise InputError("there is no image to take features from, expected at least 1")
+        levels = [_Chunks(chunks, counts, level, shape, DTYPES[dtype]) for level, shape in enumerate(shapes)]
+        return _Spread(self, levels, range(sum(counts)), size)
+
+    def in_order(self, tasks: Iterator[Any]) -> Iterator[Any]:
         """Yield the result of every task in order, with a few more than can run at once under way."""
         import ray
 
@@ -225,13 +247,94 @@ def _score(shared: tuple[Any, ...], device: str, samples: list[Sample]) -> list[
     return list(found)
 
 
-def _extract(shared: tuple[Any, ...], device: str, images: Any) -> tuple[list[Any], list[tuple[Path, str]]]:
-    """Run in the task: take some images through the backbone; return rows, and what could not be read."""
-    here, backbone, workers = shared
+def _extract(shared: tuple[Any, ...], device: str, images: Any, first: int) -> tuple[tuple[Any, ...], list[Any]]:
+    """Run in the task: take some images through the backbone; return facts, and their features as they are kept."""
+    here, backbone, dtype, workers = shared
     _settle(here)
     images.skipped.clear()
-    rows = extract(backbone.to(device), images, workers) if len(images) else []
-    return [(size, [level.cpu() for level in pyramid]) for size, pyramid in rows], images.skipped
+    size, levels = extract(backbone.to(device), images, dtype=dtype, workers=workers, first=first)
+    count, shapes = (len(levels[0]) if levels else 0), [tuple(level.shape[1:]) for level in levels]
+    kept = [level.view(torch.int16) if level.dtype is torch.bfloat16 else level for level in levels]
+    return (count, size, shapes, images.skipped), [level.numpy() for level in kept]
+
+
+def _learn(shared: tuple[Any, ...], rows: Sequence[int], first: int) -> Any:
+    """Run in the task: do what a method does with a part of the images."""
+    here, work, chunks, size = shared
+    _settle(here)
+    part = FeatureBank([SubsetStore(level, rows) for level in chunks], size, 1, "features: on the cluster", False)
+    part.first = first
+    return work(part)
+
+
+class _Chunks(Store):
+    """One level of features that lie in the object stores of a cluster, some rows together.
+
+    Args:
+        chunks: references to lists of arrays [n, C, h, w], one per level.
+        counts: rows of each.
+        level: which array of each.
+        shape: of a row.
+        dtype: of a row.
+    """
+
+    def __init__(
+        self, chunks: Sequence[Any], counts: Sequence[int], level: int, shape: Shape, dtype: torch.dtype
+    ) -> None:
+        super().__init__(shape, dtype)
+        self.chunks, self.level = chunks, level
+        self.starts = np.cumsum([0, *counts])
+        self.count = int(self.starts[-1])
+
+    def append(self, row: torch.Tensor) -> None:
+        raise InputError("features on a cluster cannot grow", hint="Build a bank of all images.")
+
+    def finish(self) -> None:
+        """Nothing to do: the rows are there."""
+
+    def whole(self) -> torch.Tensor:
+        return self.rows(range(self.count))
+
+    def rows(self, indices: Sequence[int]) -> torch.Tensor:
+        import ray
+
+        self.check_open()
+        wanted = np.asarray(indices, dtype=np.int64)
+        found = torch.empty((len(wanted), *self.shape), dtype=self.dtype)
+        owner = np.searchsorted(self.starts, wanted, side="right") - 1
+        for number in np.unique(owner):
+            here = np.flatnonzero(owner == number)
+            try:
+                chunk = ray.get(self.chunks[number])[self.level]
+            except ray.exceptions.RayError as error:
+                raise _failure(error) from None
+            found[torch.from_numpy(here)] = torch.from_numpy(chunk[wanted[here] - self.starts[number]]).view(self.dtype)
+        return found
+
+    def close(self) -> None:
+        self.chunks = []
+        self.closed = True
+
+
+class _Spread(FeatureBank):
+    """Some rows of features on a cluster: what is learned part by part is learned there, all else is read from here."""
+
+    def __init__(self, cluster: Cluster, chunks: Sequence[_Chunks], rows: Sequence[int], size: tuple[int, int]) -> None:
+        super().__init__([SubsetStore(level, rows) for level in chunks], size, 1, "features: on the cluster", False)
+        self._cluster, self._chunks, self._rows = cluster, chunks, rows
+
+    def subset(self, images: Sequence[int]) -> FeatureBank:
+        super().subset(images)  # raises where there is no such image
+        return _Spread(self._cluster, self._chunks, [self._rows[i] for i in images], self.size)
+
+    def parts(self, work: Callable[[FeatureBank], T]) -> Iterator[T]:
+        import ray
+
+        shared = ray.put((_here(), work, self._chunks, self.size))
+        learn = ray.remote(_learn).options(**self._cluster.need())
+        yield from self._cluster.in_order(
+            learn.remote(shared, [self._rows[i] for i in part], part.start) for part in self._in_parts()
+        )
 
 
 def _failure(error: Exception) -> Exception:

@@ -344,7 +344,7 @@ def _learn(
     def seen(indices: Sequence[int]) -> np.ndarray:
         known = None if features is None else features.scores(detector, indices)
         if known is not None:
-            return np.array([value for _, value in known])
+            return known
         scored = run(detector, Chosen(train, indices), strict=options.strict, workers=options.resources.workers)
         return np.array([one.image for one in scored if one.error is None])
 
