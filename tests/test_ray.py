@@ -16,12 +16,13 @@ import torch
 from conftest import TinyBackbone, make_tiny_images
 from PIL import Image
 
-from adflow import methods
+from adflow import features, methods
 from adflow.data import Images, Sample
 from adflow.detector import Resources
 from adflow.errors import InputError, UnavailableError
 from adflow.pipeline import run
 from adflow.tasks import _ray
+from adflow.tasks.fit import FitOptions, fit_detector
 
 ray = pytest.importorskip("ray")
 # Ray leaves sockets and files to the collector.
@@ -59,7 +60,7 @@ def slow_squares(items: Sequence[Any]) -> Iterator[Any]:
 
 
 def test_images_and_units_are_those_of_one_process_and_a_lost_node_costs_its_own(
-    nodes: tuple[Any, Any], tmp_path: Path
+    nodes: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster, second = nodes
     there = _ray.connect(cluster.address)
@@ -95,6 +96,18 @@ def test_images_and_units_are_those_of_one_process_and_a_lost_node_costs_its_own
     there.bank(TinyBackbone(), images, "float32", None)
     assert len(images) == 19 and [path.name for path, _ in images.skipped] == ["3.png"]
 
+    # A fit: what is learned of parts on the nodes is what is learned of the same parts here, and so is the calibration.
+    monkeypatch.setattr(features, "PART", 7)
+    for name in ("padim", "patchcore", "local"):
+        found = []
+        for spread in (None, there.bank):
+            detector = methods.get(name)(TinyBackbone())
+            options = FitOptions(name, holdout=0.3, resources=Resources(spread=spread, workers=1))
+            summary = fit_detector(detector, samples, options, (64, 64), keep_aspect=False)
+            assert detector.calibration is not None and len(summary["skipped"]) == 1
+            found.append((summary["digest"], *detector.calibration.tensors().values()))
+        assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True)), name
+
     # Units: one node dies when two results are there.
     folder = tmp_path / "began"
     folder.mkdir()
@@ -112,6 +125,8 @@ def test_images_and_units_are_those_of_one_process_and_a_lost_node_costs_its_own
     began = [int(path.name.rpartition("-")[0]) for path in folder.iterdir()]
     again = {n // 3 for n in range(9) if began.count(n) > 1}
     assert len(again) <= 1, began
+    # Features that lay on it are made again.
+    assert all(torch.equal(ours_bank.level(k), theirs_bank.level(k)) for k in range(3))
 
 
 def test_no_cluster_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
