@@ -7,7 +7,6 @@ A method subclasses :class:`Detector`, or :class:`FeatureDetector` when it works
 
 from __future__ import annotations
 
-import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -410,12 +409,6 @@ class FeatureDetector(Detector):
         self.eval()
         self._settle()
         return self
-
-    def without_backbone(self) -> Self:
-        """Return this detector without its backbone, sharing all tensors: all it takes to work on features."""
-        head = copy.copy(self)
-        head._modules = {name: module for name, module in self._modules.items() if name != "backbone"}
-        return head
 
     def _settle(self) -> None:
         """Freeze what was learned, laid out as a file would give it back.

@@ -247,7 +247,7 @@ class Local(FeatureDetector):
             capacity = min(rows, max(2 * size, held // (12 * width)))
             coreset = StreamingCoreset(size, capacity, random_projection(width, width, generator), generator)
         self.neighbours.start(self.samples)
-        work = partial(self.without_backbone().patches, None if coreset is None else coreset.fresh())
+        work = partial(self.patches, None if coreset is None else coreset.fresh())
         for done, (patches, numbers, rows_kept) in enumerate(bank.parts(work), start=1):
             self.neighbours.take(patches, numbers)
             if coreset is not None and rows_kept is not None:
@@ -262,7 +262,7 @@ class Local(FeatureDetector):
 
     def _fit_gaussians(self, bank: FeatureBank, d: int, progress: Progress | None) -> Whitening:
         """Learn the Gaussians, when they are wanted, and return the whitening distances need in any case."""
-        vectors = self.without_backbone().vectors
+        vectors = self.vectors
         if not self.gaussian:
             return global_whitening(bank, vectors, d, _RIDGE)
         limit = parse_bytes(self.max_memory)
@@ -295,7 +295,7 @@ class Local(FeatureDetector):
 
     def _measure(self, bank: FeatureBank) -> None:
         """Learn the unit of the score, and how left-out scores are spread at every position."""
-        work = partial(self.without_backbone().left_out, max(1, len(bank) // _LEFT_OUT), len(bank))
+        work = partial(self.left_out, max(1, len(bank) // _LEFT_OUT), len(bank))
         scores = torch.cat(list(bank.parts(work)))  # [n, P]
         self.unit_.copy_(scores.mean())
         scale, dof = chi_square_fit(scores / self.unit_)

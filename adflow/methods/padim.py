@@ -213,14 +213,14 @@ class PaDiM(FeatureDetector):
         limit = parse_bytes(self.max_memory)
         self.gaussians.fit(
             bank,
-            self.without_backbone().vectors,
+            self.vectors,
             whiten=self.whiten,
             ridge=self.ridge,
             shrinkage=self.shrinkage,
             work=WORK if limit is None else min(WORK, limit // 8),
             progress=progress,
         )
-        distances = torch.cat(list(bank.parts(self.without_backbone().distances)))
+        distances = torch.cat(list(bank.parts(self.distances)))
         scale, dof = chi_square_fit(leave_one_out(distances, len(distances), 1 - self.shrinkage))
         self.scale_.copy_(scale)
         self.dof_.fill_(dof)

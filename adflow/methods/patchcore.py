@@ -267,12 +267,12 @@ class PatchCore(FeatureDetector):
         size = coreset_size(self.coreset, rows)
         capacity = self._capacity(size, rows, length, len(bank) > PART)
         if self.whiten is not None:
-            white = global_whitening(bank, self.without_backbone().embed, length, _RIDGE)
+            white = global_whitening(bank, self.embed, length, _RIDGE)
             self.mean_.copy_(white.mean)
             self.basis_.copy_(white.matrix(self.whiten))
         projection = random_projection(length, self.projection, generator)
         coreset = StreamingCoreset(size, capacity, projection, generator)
-        for done, kept in enumerate(bank.parts(partial(self.without_backbone().chosen, coreset.fresh())), start=1):
+        for done, kept in enumerate(bank.parts(partial(self.chosen, coreset.fresh())), start=1):
             coreset.add(kept)
             if progress:
                 progress(min(done * PART, len(bank)), len(bank), "coreset")

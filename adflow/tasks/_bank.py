@@ -85,7 +85,7 @@ class TrainFeatures:
             return []
         if not self._alike(detector, *rows[0], Box(0, 0, *self.bank.size)):
             return []
-        work = partial(_score_part, detector.without_backbone(), frozenset(row for _, row in rows), self._workers, make)
+        work = partial(_score_part, detector, frozenset(row for _, row in rows), self._workers, make)
         return [part for part in self.bank.parts(work) if part is not None]
 
     def energies(self, detector: Detector, indices: Sequence[int]) -> list[list[Energy]] | None:

@@ -30,6 +30,7 @@ from adflow.tasks._jobs import Work, sendable
 RETRIES = 3  # times that Ray starts a lost task again
 # Images a task takes: enough to pay for sending a detector, few enough that a lost node costs little.
 _MOST_IMAGES, _LEAST_IMAGES = 256, 8
+_CHUNK = 64  # images whose features lie together, at most
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Cluster:
         shared = ray.put((_here(), backbone.to("cpu"), dtype, self.cpus))
         backbone.to(device)
         take = ray.remote(_extract).options(num_returns=2, **self.need())
-        step = min(_MOST_IMAGES, max(_LEAST_IMAGES, -(-len(images) // (4 * self.slots))))
+        step = min(_CHUNK, max(_LEAST_IMAGES, -(-len(images) // (4 * self.slots))))
         chunks: list[Any] = []
 
         def start() -> Iterator[Any]:
