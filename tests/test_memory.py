@@ -246,6 +246,18 @@ def test_streaming_in_little_room_covers_nearly_as_well() -> None:
     assert stream.seen == 3000 and stream.reductions > 10
 
 
+def test_a_part_is_thinned_only_where_that_pays() -> None:
+    rows = normal(100, 3)
+    whole = StreamingCoreset(25, 100, torch.eye(3), seeded(3))
+    part = whole.fresh()
+    part.add(rows)
+    expected = rows[choose_rows(rows, 25, torch.eye(3), seeded(3)).sort().values]
+    assert torch.equal(part.of_part(), expected)
+    few = whole.fresh()
+    few.add(rows[:99])
+    assert torch.equal(few.of_part(), rows[:99])
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_coreset_of_coresets_of_parts_is_within_its_factor(seed: int) -> None:
     """Covering radius at most 4 times the best (plain greedy: 2 times), however the parts are cut."""

@@ -288,7 +288,7 @@ class Local(FeatureDetector):
             here.add(near)
             if coreset is not None:
                 coreset.add(near.flatten(0, 1))
-        return *here.kept(), None if coreset is None else coreset.rows()
+        return *here.kept(), None if coreset is None else coreset.of_part()
 
     def _near(self, vectors: Tensor) -> Tensor:
         return (vectors - self.centre_) @ self.near_

@@ -198,17 +198,18 @@ class PatchCore(FeatureDetector):
     def _row_bytes(self, length: int, parts: bool) -> int:
         """Bytes a row takes while the coreset is chosen: itself, its projection twice, and bookkeeping.
 
-        With ``parts`` another row is held, chosen from the parts before.
+        With ``parts`` two more rows are held: those of the parts before, and a copy.
         """
-        return 4 * (length + 2 * min(self.projection, length) + 6 + parts * length)
+        return 4 * (length + 2 * min(self.projection, length) + 6 + 2 * parts * length)
 
-    def _capacity(self, size: int, rows: int, length: int, parts: bool) -> int:
+    def _capacity(self, size: int, images: int, rows: int, length: int) -> int:
         """Return how many rows to hold at once, or refuse.
 
         Raises:
             ResourceError: not even the coreset and as many candidates fit under ``max_memory``.
         """
         limit = parse_bytes(self.max_memory)
+        parts = images > PART or rows < 4 * size
         least = min(rows, 2 * size)
         keep_within(
             limit,
@@ -234,7 +235,7 @@ class PatchCore(FeatureDetector):
             channels, grids = pyramid_shapes(self.backbone, images)
             rows = len(images) * math.prod(common_grid(grids, self.grid))
             size, length = coreset_size(self.coreset, rows), self._vector_length(channels)
-            self._capacity(size, rows, length, len(images) > PART)
+            self._capacity(size, len(images), rows, length)
         return super().fit(images, seed=seed, resources=resources, progress=progress)
 
     def prepare(
@@ -265,7 +266,7 @@ class PatchCore(FeatureDetector):
         length = self.bank_.shape[1]
         rows = len(bank) * math.prod(self.grid_)
         size = coreset_size(self.coreset, rows)
-        capacity = self._capacity(size, rows, length, len(bank) > PART)
+        capacity = self._capacity(size, len(bank), rows, length)
         if self.whiten is not None:
             white = global_whitening(bank, self.embed, length, _RIDGE)
             self.mean_.copy_(white.mean)
@@ -284,7 +285,7 @@ class PatchCore(FeatureDetector):
         coreset = like.fresh()
         for pyramid in part.batches(8):
             coreset.add(self.vectors(pyramid).flatten(0, 1))
-        return coreset.rows()
+        return coreset.of_part()
 
     # --- score ----------------------------------------------------------------------------------------------
 
