@@ -50,20 +50,20 @@ def score(
             out=folder,
             strict=strict,
             workers=workers,
+            keep=None if json else top or None,
             through=cluster.images if cluster else run,
             progress=progress,
         )
-    failed = [row for row in result["rows"] if row["error"]]
-    for row in failed:
-        talk.warn(f"skipped {row['error']}")
+    failed, flagged = result.pop("failed"), result.pop("flagged")
+    for error in failed:
+        talk.warn(f"skipped {error}")
+    count = result["profile"]["images"] - len(failed)
     if result["drift"] and result["drift"].get("warning"):
         talk.warn(result["drift"]["warning"])
-    talk.data({**result, "detector": str(path), "out": str(folder)}, _table(result, top))
+    talk.data({**result, "detector": str(path), "out": str(folder)}, _table(result["rows"], top, count))
     if result["rate"] is not None:
-        flagged = sum(row["verdict"] == "defect" for row in result["rows"])
         talk.say(
-            f"{flagged} of {len(result['rows']) - len(failed)} images called defective; "
-            f"of good images at most {result['rate']:.1%} are, on average"
+            f"{flagged} of {count} images called defective; of good images at most {result['rate']:.1%} are, on average"
         )
     else:
         talk.warn("this detector is not calibrated: scores only, no verdict. Run `adflow calibrate`.")
@@ -87,10 +87,10 @@ def _profile(profile: dict[str, Any]) -> list[str]:
     ]
 
 
-def _table(result: dict[str, Any], top: int) -> Any:
+def _table(found: list[dict[str, Any]], top: int, count: int) -> Any:
     from rich.text import Text
 
-    rows = sorted((r for r in result["rows"] if not r["error"]), key=lambda row: -row["score"])
+    rows = sorted((row for row in found if not row["error"]), key=lambda row: -row["score"])
     shown = [
         (
             row["image"],
@@ -102,5 +102,5 @@ def _table(result: dict[str, Any], top: int) -> Any:
         )
         for row in rows[: top or None]
     ]
-    below = f"the {top} highest of {len(rows)} (--top 0 shows all)" if top and len(rows) > top else None
+    below = f"the {top} highest of {count} (--top 0 shows all)" if top and count > top else None
     return image_table(("score", "p-value", "verdict"), shown, below)

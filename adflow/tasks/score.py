@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from adflow._files import make_folder, write_text
+from adflow._files import atomic_write, make_folder
 from adflow._grid import frame_to_csv
 from adflow.data import Sample
 from adflow.detector import Detector, Progress
@@ -22,6 +25,7 @@ from adflow.pipeline import Scored, default_workers, run
 DEFAULT_RATES = (0.01, 0.05, 0.1)
 
 DRIFT_IMAGES = 8  # fewer say nothing about a shift
+_ROWS = 4096  # of a table that are written together
 
 
 def verdict_rate(detector: Detector, rate: float | None) -> float | None:
@@ -47,10 +51,11 @@ def score(
     out: Path | None = None,
     strict: bool = False,
     workers: int | None = None,
+    keep: int | None = None,
     through: Callable[..., Iterator[Scored]] = run,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Score every image.
+    """Score every image; rows are written as they come.
 
     The p-value of an image is (1 + held-out good images scoring at least as high) / (1 + all held-out good images):
     a good image falls at or below ``rate`` with probability at most ``rate``, whatever the distribution of scores
@@ -63,37 +68,58 @@ def score(
         out: folder for scores.csv and scores.jsonl, or None.
         strict: an unreadable image is fatal.
         workers: images at once.
+        keep: how many rows to return, those of the highest scores; None = all, whatever memory they take.
         through: how images become scores: here, or on a cluster (:meth:`adflow.tasks._ray.Cluster.images`).
         progress: called with (done, total, message).
 
     Returns:
         {"rows": [{"image", "score", "p_value", "verdict", "error"}], "rate", "drift", "profile": {"images", "workers",
-        "seconds", "stages"}}: seconds on the clock, and of all workers together in each stage.
+        "seconds", "stages"}, "failed", "flagged"}: seconds on the clock, and of all workers together in each stage;
+        errors of images that could not be read, and how many were called defective.
     """
     began = time.perf_counter()
     limit = verdict_rate(detector, rate)
-    rows: list[dict[str, Any]] = []
-    seconds: dict[str, float] = {}
-    for scored in through(detector, samples, keep_map=False, strict=strict, workers=workers):
-        rows.append(row_of(scored, detector, limit))
-        for stage, took in scored.seconds.items():
-            seconds[stage] = seconds.get(stage, 0.0) + took
-        if progress:
-            progress(len(rows), len(samples), "scoring")
-    values = np.array([row["score"] for row in rows if row["error"] is None])
+    rows: list[tuple[float, int, dict[str, Any]]] = []  # with ``keep`` a heap, the lowest score first
+    values = array("d")
+    failed: list[str] = []
+    done = flagged = 0
+    seconds: dict[str, float] = {"write": 0.0}
+    with written(make_folder(out), "scores") if out is not None else nullcontext(lambda row: None) as write:
+        for scored in through(detector, samples, keep_map=False, strict=strict, workers=workers):
+            row = row_of(scored, detector, limit)
+            writing = time.perf_counter()
+            write(row)
+            seconds["write"] += time.perf_counter() - writing
+            entry = (scored.image if scored.error is None else -math.inf, -done, row)
+            if keep is None or len(rows) < keep:
+                rows.append(entry) if keep is None else heapq.heappush(rows, entry)
+            else:
+                heapq.heappushpop(rows, entry)
+            if scored.error is None:
+                values.append(scored.image)
+            else:
+                failed.append(scored.error)
+            flagged += row["verdict"] == "defect"
+            for stage, took in scored.seconds.items():
+                seconds[stage] = seconds.get(stage, 0.0) + took
+            done += 1
+            if progress:
+                progress(done, len(samples), "scoring")
     known = detector.calibration if len(values) >= DRIFT_IMAGES else None
-    drift = None if known is None else known.drift(values)
-    if out is not None:
-        writing = time.perf_counter()
-        write_rows(rows, make_folder(out), "scores")
-        seconds["write"] = time.perf_counter() - writing
     profile = {
-        "images": len(rows),
+        "images": done,
         "workers": workers or default_workers(),
         "seconds": round(time.perf_counter() - began, 4),
         "stages": {name: round(took, 4) for name, took in seconds.items()},
     }
-    return {"rows": rows, "rate": limit, "drift": drift, "profile": profile}
+    return {
+        "rows": [row for _, _, row in (rows if keep is None else sorted(rows, reverse=True))],
+        "rate": limit,
+        "drift": None if known is None else known.drift(np.array(values)),
+        "profile": profile,
+        "failed": failed,
+        "flagged": flagged,
+    }
 
 
 def row_of(scored: Scored, detector: Detector, limit: float | None) -> dict[str, Any]:
@@ -114,11 +140,34 @@ def row_of(scored: Scored, detector: Detector, limit: float | None) -> dict[str,
     return row
 
 
-def write_rows(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
-    """Write ``rows`` as ``name``.csv (safe to open in a spreadsheet) and ``name``.jsonl."""
-    write_text(folder / f"{name}.csv", frame_to_csv(pd.DataFrame(rows)))
-    lines = (json.dumps(finite(row), ensure_ascii=False) for row in rows)
-    write_text(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
+@contextmanager
+def written(folder: Path, name: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield what writes a row to ``name``.csv (safe to open in a spreadsheet) and ``name``.jsonl.
+
+    The files get their names at the end: until then, and where it comes to an error, those before stay.
+    """
+    with (
+        atomic_write(folder / f"{name}.csv") as table_file,
+        atomic_write(folder / f"{name}.jsonl") as lines_file,
+        table_file.open("w", encoding="utf-8", errors="backslashreplace") as table,
+        lines_file.open("w", encoding="utf-8", errors="backslashreplace") as lines,
+    ):
+        waiting: list[dict[str, Any]] = []
+
+        def flush() -> None:
+            text = frame_to_csv(pd.DataFrame(waiting))
+            table.write(text.split("\n", 1)[1] if table.tell() else text)
+            waiting.clear()
+
+        def write(row: dict[str, Any]) -> None:
+            lines.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
+            waiting.append(row)
+            if len(waiting) >= _ROWS:
+                flush()
+
+        yield write
+        if waiting or not table.tell():
+            flush()
 
 
 def finite(row: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from adflow.imaging import Box, read_mask, restore
 from adflow.overlays import Scale, overlay
 from adflow.pipeline import Scored, run
 from adflow.tasks._point import OperatingPoint
-from adflow.tasks.score import write_rows
+from adflow.tasks.score import written
 
 
 def segment(
@@ -113,7 +113,9 @@ def segment(
         )
         if progress:
             progress(len(images), len(samples), "segmenting")
-    write_rows(images, out, "images")
+    with written(out, "images") as write:
+        for row in images:
+            write(row)
     write_text(out / "regions.jsonl", "".join(json.dumps(region, ensure_ascii=False) + "\n" for region in regions))
     write_text(out / "coco.json", json.dumps(coco(images, regions), ensure_ascii=False))
     calibration = detector.calibration
