@@ -142,7 +142,7 @@ def _table(done: dict[str, Any]) -> Any:
     table.add_row("mask IoU", f"{done['mask_iou']:.4f}")
     table.add_row("verdicts equal", f"{done['verdicts_equal']} of {done['images']}")
     for name, took in done["milliseconds"].items():
-        table.add_row(f"{name}, ms per image, 1 thread", f"{took:.1f}")
+        table.add_row(f"{name}, processor ms per image, 1 thread", f"{took:.1f}")
     table.add_row("size", f"{done['bytes'] / 1e6:.1f} MB")
     for name in ("image_auroc", "pixel_auroc"):
         if name in done.get("accuracy", {}):

@@ -128,7 +128,7 @@ class _Pair:
     Attributes:
         map, score: of the detector.
         export: map, score, verdict and mask of the bundle.
-        seconds: that each took.
+        seconds: of the processor that each took; those of a clock tell more of what else the machine did.
         inside: [H, W] bool: the part of the network's input that shows the image.
         raw: the bundle resized the image by itself.
         pixels: what the bundle took.
@@ -139,18 +139,18 @@ class _Pair:
         assert detector.size is not None
         # 8-bit pictures are rounded after resizing: a program for float images does not do that.
         self.raw = form.any_size and (picture.dtype == np.uint8) == (form.pixels == "uint8")
-        began = time.perf_counter()
+        began = time.process_time()
         array, box = fit_to(picture, detector.size, detector.keep_aspect)
-        resized = time.perf_counter()
+        resized = time.process_time()
         self.images, self.boxes = torch.from_numpy(array)[None], [box] if detector.keep_aspect else None
         self.inside = np.zeros(detector.size, bool)
         self.inside[box.top : box.top + box.height, box.left : box.left + box.width] = True
         self.pixels = picture[None] if self.raw else bundle.pixels(_cut(self.images, box))
-        start = time.perf_counter()
+        start = time.process_time()
         scores = detector.score(self.images, self.boxes)
-        middle = time.perf_counter()
+        middle = time.process_time()
         self.export = [output[0] for output in bundle.run(self.pixels)]
-        end = time.perf_counter()
+        end = time.process_time()
         self.map, self.score = scores.map[0].numpy(), float(scores.image[0])
         self.seconds = {"detector": middle - start + (resized - began if self.raw else 0), "export": end - middle}
 

@@ -18,6 +18,7 @@ from adflow.bundle import OUTPUTS
 # Tensors with fewer numbers stay float32 when weights are halved: they are means and scales, and weigh nothing.
 SMALL = 1024
 STAGE = "stage "
+_TAP = f"{STAGE}backbone "  # features, the finest first
 
 
 def finish(one: Any, half: bool, any_batch: bool, ranges: Sequence[np.ndarray]) -> Any:
@@ -110,7 +111,11 @@ def lay_straight(graph: Any) -> None:
 
 
 def _quantised(one: Any, ranges: Sequence[np.ndarray]) -> Any:
-    """Round the backbone's convolutions, weights per channel and activations, to 8 bits; the rest stays float32."""
+    """Round the backbone's convolutions, weights per channel and activations, to 8 bits; the rest stays float32.
+
+    So do the convolutions that the finest features are made of: their rounding errors go into all that follows, and
+    with them in 8 bits no method that whitens features stood it.
+    """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -122,9 +127,13 @@ def _quantised(one: Any, ranges: Sequence[np.ndarray]) -> Any:
             image = next(self.rest, None)
             return None if image is None else {"images": image}
 
-    convolutions = [node.name for node in one.graph.node if node.op_type == "Conv"]
+    convolutions = [node for node in one.graph.node if node.op_type == "Conv"]
+    early = _made_from(one.graph, next((name for name in _outputs(one.graph) if name.startswith(_TAP)), ""))
     # Methods that train a net of their own have no convolution in a backbone: then it is all of them.
-    chosen = [name for name in convolutions if "/backbone/" in name] or convolutions
+    chosen = [node for node in convolutions if "/backbone/" in node.name and node.name not in early] or convolutions
+    # With its activation a convolution needs to hold what that lets through only, not all that it cuts off.
+    ends = {node.output[0] for node in chosen}
+    acts = [node for node in one.graph.node if node.op_type in ("Clip", "Relu") and node.input[0] in ends]
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         onnx.save(one, str(source))
@@ -133,7 +142,7 @@ def _quantised(one: Any, ranges: Sequence[np.ndarray]) -> Any:
             str(target),
             Images(),
             quant_format=QuantFormat.QDQ,
-            nodes_to_quantize=chosen,
+            nodes_to_quantize=[node.name for node in (*chosen, *acts)],
             per_channel=True,
             # Seven bits: processors without VNNI add products of two full bytes in 16 bits, which overflow.
             reduce_range=True,
@@ -141,6 +150,20 @@ def _quantised(one: Any, ranges: Sequence[np.ndarray]) -> Any:
             weight_type=QuantType.QInt8,
         )
         return onnx.load(str(target))
+
+
+def _outputs(graph: Any) -> Iterator[str]:
+    return (name for node in graph.node for name in node.output)
+
+
+def _made_from(graph: Any, tensor: str) -> set[str]:
+    """Return the names of the nodes that ``tensor`` is computed by."""
+    wanted, found = {tensor}, set()
+    for node in reversed(graph.node):
+        if not wanted.isdisjoint(node.output):
+            wanted.update(node.input)
+            found.add(node.name)
+    return found
 
 
 @contextlib.contextmanager

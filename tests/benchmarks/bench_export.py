@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_export.py [--data mvtec/screw] [--methods padim,cflow] [--formats onnx,onnx-half]
 
 Fits each method on a few training images, exports it, and reads the certificate. A cell holds, of the map's range, the
-largest difference of the map and of the score; milliseconds per image (median over the certificate's images, one
-thread, from the resized image on); megabytes of the model. ``onnx-half`` is ``--format onnx --half``. A pair that a
+largest difference of the map and of the score; processor milliseconds per image (median over the certificate's images,
+one thread, from the resized image on); megabytes of the model. ``onnx-half`` is ``--format onnx --half``. A pair that a
 format cannot hold prints a dash, and the reason below the table.
 """
 
