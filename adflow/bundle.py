@@ -1,6 +1,7 @@
 """A bundle: an exported detector in a folder, run without the method's own code.
 
     model.onnx | model.xml + .bin | model.pt | model.pt2    RGB [B, H, W, 3] -> map, score, verdict, mask
+    README.md           what this is and how to run it, for who finds it
     metadata.json       input, outputs, labels, thresholds, licences, the detector's header, sha256
     calibration.npz     what held-out good images taught, for regions, NFA and p-values
     certificate.json    proof that the bundle gives what the fitted detector gives
@@ -34,7 +35,7 @@ from adflow.imaging import Box
 
 FORMAT = 1
 METADATA, CERTIFICATE, CALIBRATION = "metadata.json", "certificate.json", "calibration.npz"
-LICENCES = "LICENCES.txt"
+LICENCES, README = "LICENCES.txt", "README.md"
 OUTPUTS = ("map", "score", "verdict", "mask")
 # The files of the model by format; the first one is opened.
 MODELS = {

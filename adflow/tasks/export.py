@@ -23,6 +23,7 @@ from adflow.bundle import (
     LICENCES,
     METADATA,
     MODELS,
+    README,
     load_bundle,
     model_sha256,
     need,
@@ -53,9 +54,10 @@ _PRIVATE = ("command", "held_out_images")
 # Of AUROC, a fraction; for 8-bit models.
 MAX_DROP = 0.01
 
-_PREDICT = '''"""python predict.py IMAGE...: score, verdict, marked share. Needs numpy, onnxruntime and pillow only.
+_PREDICT = '''"""python predict.py IMAGE...: one line of JSON an image: score, verdict, marked share of the pixels.
 
-For 8-bit pictures without transparency; `adflow score --model .` reads all kinds and gives p-values and regions.
+Needs numpy, onnxruntime and pillow only. For 8-bit grey or RGB pictures; `adflow score --model .` reads all kinds and
+gives p-values and regions. Exits with 1 where a picture could not be read.
 """
 import json
 import sys
@@ -65,12 +67,23 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 here = Path(__file__).resolve().parent
 about = json.loads((here / "metadata.json").read_text(encoding="utf-8"))
 takes, levels = about["input"], about["thresholds"]
 session = onnxruntime.InferenceSession(str(here / about["model"]), providers=["CPUExecutionProvider"])
+failed = 0
 for name in sys.argv[1:]:
-    picture = ImageOps.exif_transpose(Image.open(name)).convert("RGB")
+    try:
+        picture = Image.open(name)
+        if picture.mode not in ("1", "L", "P", "RGB") or "transparency" in picture.info:
+            raise ValueError(f"expected 8-bit grey or RGB without transparency, found mode {picture.mode}")
+        picture = ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception as error:  # Pillow raises many kinds
+        print(f"{name}: left out: {error}", file=sys.stderr)
+        failed = 1
+        continue
     if not takes["any_size"]:
         for size in (takes["size"][1], picture.height), takes["size"][::-1]:  # columns first
             picture = picture.resize(size, Image.Resampling.BILINEAR)
@@ -80,7 +93,34 @@ for name in sys.argv[1:]:
     anomaly_map, score, verdict, mask = session.run(["map", "score", "verdict", "mask"], {"images": pixels})
     label = about["labels"][int(verdict[0])] if levels["image"] is not None else None
     print(json.dumps({"image": name, "score": float(score[0]), "verdict": label, "marked": float(mask[0].mean())}))
+sys.exit(failed)
 '''
+
+_README = """\
+# A detector of defects, exported by adflow
+
+Method {method}, fitted on good images of {data}. It takes an RGB image and gives an anomaly map, a score, the verdict
+good or defect, and a mask of what is defective.
+
+{run}
+    pip install "adflow[{extra}]"
+    adflow score --model . IMAGES         # scores, p-values, verdicts
+    adflow segment --model . IMAGES       # masks and regions
+
+| file | |
+|---|---|
+{files}
+| metadata.json | what the model takes and gives, thresholds, where it comes from |
+| certificate.json | how far it is from the fitted detector, on which images, how fast |
+| LICENCES.txt | terms of the training data and of the backbone's weights |
+
+{promise}
+"""
+_RUN = """\
+    pip install numpy onnxruntime pillow
+    python predict.py IMAGE...            # the least that is needed
+or
+"""
 
 
 def copy_detector(model: Path, target: Path) -> Path:
@@ -325,5 +365,18 @@ def _write_about(
     (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     terms = (f"{what}: {terms['name']}. {terms['note']}\n" for what, terms in licences.items() if terms)
     (folder / LICENCES).write_text("".join(terms), encoding="utf-8")
+    files = {name: "the model" for name in MODELS[form.kind]}
+    if detector.calibration is not None:
+        files[CALIBRATION] = "what adflow needs for p-values and regions"
     if form.kind == "onnx":
         (folder / "predict.py").write_text(_PREDICT, encoding="utf-8")
+        files["predict.py"] = "runs the model without adflow and torch; an example to start from"
+    text = _README.format(
+        method=header["method"],
+        data=header["provenance"].get("data") or "unknown data",
+        run=_RUN if form.kind == "onnx" else "",
+        extra=form.kind if form.kind in NEEDED else "",
+        files="\n".join(f"| {name} | {what} |" for name, what in files.items()),
+        promise=thresholds["promise"],
+    )
+    (folder / README).write_text(text.replace("[]", ""), encoding="utf-8")

@@ -69,12 +69,16 @@ def test_the_certificate_proves_equality(bundle: Path) -> None:
     assert 0 <= found["map_max_difference"] <= 1e-4 * found["map_range"]
     assert len(found["model_sha256"]) == len(found["detector_sha256"]) == 64
     assert {p.name for p in bundle.iterdir()} == {
-        "model.onnx", "metadata.json", "calibration.npz", "certificate.json", "predict.py", "LICENCES.txt"
+        "model.onnx", "metadata.json", "calibration.npz", "certificate.json", "predict.py", "LICENCES.txt",
+        "README.md",
     }  # fmt: skip
     assert [p for p in bundle.parent.iterdir() if p != bundle] == []
     about = json.loads((bundle / "metadata.json").read_text())
     assert about["thresholds"]["image"] is not None and about["licences"]["training data"]["name"] == "unknown"
     assert "training data: unknown" in (bundle / "LICENCES.txt").read_text()
+    text = (bundle / "README.md").read_text()
+    assert "Method padim, fitted on good images of my parts" in text and "adflow[onnx]" in text
+    assert all(f"| {path.name} |" in text for path in bundle.iterdir() if path.name != "README.md")
 
 
 def test_the_default_proof_is_on_the_held_out_images_and_defective_ones(
@@ -154,13 +158,21 @@ def test_predict_needs_neither_torch_nor_adflow_and_gives_the_verdicts(
     bundle = request.getfixturevalue(which)
     copied = shutil.copytree(bundle, tmp_path / "elsewhere")
     images = sorted(str(p) for p in (parts / "test").rglob("*.png"))
+    bad = [tmp_path / name for name in ("cut.png", "deep.png", "none.png")]
+    bad[0].write_bytes(Path(images[0]).read_bytes()[:500])
+    Image.fromarray(np.full((80, 96), 40000, np.uint16)).save(bad[1])
     code = (
         "import sys, runpy; sys.modules.update(torch=None, adflow=None, skimage=None, scipy=None); "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(copied / "predict.py"), *images], check=True, capture_output=True, text=True
+        [sys.executable, "-c", code, str(copied / "predict.py"), *map(str, bad), *images],
+        capture_output=True,
+        text=True,
     )
+    assert done.returncode == 1 and [line.partition(": left out: ")[0] for line in done.stderr.splitlines()] == [
+        str(path) for path in bad
+    ], done.stderr
     said = {row["image"]: row for row in map(json.loads, done.stdout.splitlines())}
     ours = rows(call("score", parts / "test", "--runs", runs, "--out", tmp_path / "a", "--json"))
     assert len(ours) == 12 and {r["verdict"] for r in ours} == {"good", "defect"}
