@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
@@ -13,10 +14,12 @@ import conftest
 import numpy as np
 import pytest
 import torch
+from children import tree
 from conftest import TinyBackbone, make_tiny_images
+from miniatures import make_mvtec
 from PIL import Image
 
-from adflow import features, methods
+from adflow import cli, features, methods
 from adflow.data import Images, Sample
 from adflow.detector import Resources
 from adflow.errors import InputError, UnavailableError
@@ -39,6 +42,9 @@ def nodes() -> Iterator[tuple[Any, Any]]:
     """A cluster of two nodes with one CPU each, and the second of them."""
     from ray.cluster_utils import Cluster
 
+    patch = pytest.MonkeyPatch()
+    # Ray's workers stand back for everything else by default: on a busy machine they would not get on.
+    patch.setenv("RAY_worker_niceness", "0")
     cluster = Cluster()
     cluster.add_node(num_cpus=1, include_dashboard=False)
     second = cluster.add_node(num_cpus=1)
@@ -48,6 +54,7 @@ def nodes() -> Iterator[tuple[Any, Any]]:
     yield cluster, second
     ray.shutdown()
     cluster.shutdown()
+    patch.undo()
 
 
 def slow_squares(items: Sequence[Any]) -> Iterator[Any]:
@@ -127,6 +134,30 @@ def test_images_and_units_are_those_of_one_process_and_a_lost_node_costs_its_own
     assert len(again) <= 1, began
     # Features that lay on it are made again.
     assert all(torch.equal(ours_bank.level(k), theirs_bank.level(k)) for k in range(3))
+
+
+def test_commands_write_the_same_files(nodes: tuple[Any, Any], tmp_path: Path) -> None:
+    data = make_mvtec(tmp_path / "mvtec", ["cable"], train=12) / "cable"
+    detector = tmp_path / "run" / "detector.safetensors"
+    assert cli.run(["fit", str(data), "-m", "padim", "--size", "64", "--out", str(detector.parent), "-q"]) == 0
+    commands = {
+        "score": [data / "test"],
+        "segment": [data / "test", "--flag-rate", "0.5"],
+        "evaluate": [data, "--overlays"],
+    }
+    for name, arguments in commands.items():
+        found = []
+        for where in ([], ["--executor", "ray", "--ray-address", nodes[0].address]):
+            out = tmp_path / f"{name}-{len(where)}"
+            rest = ["--model", detector, "--out", out, "-q", *where]
+            assert cli.run([str(word) for word in (name, *arguments, *rest)]) == 0
+            files = tree(out)
+            if name == "evaluate":  # seconds differ, and stand in the reports
+                files = {path: content for path, content in files.items() if path.startswith("overlays")}
+                (cell,) = (json.loads(path.read_text()) for path in (out / "cells").glob("*.json"))
+                files["cell"] = json.dumps(cell | {"cost": 0}).encode()
+            found.append(files)
+        assert found[0] == found[1] and len(found[0]) >= 2, name
 
 
 def test_no_cluster_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
