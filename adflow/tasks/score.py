@@ -91,8 +91,10 @@ def score(
             write(row)
             seconds["write"] += time.perf_counter() - writing
             entry = (scored.image if scored.error is None else -math.inf, -done, row)
-            if keep is None or len(rows) < keep:
-                rows.append(entry) if keep is None else heapq.heappush(rows, entry)
+            if keep is None:
+                rows.append(entry)
+            elif len(rows) < keep:
+                heapq.heappush(rows, entry)
             else:
                 heapq.heappushpop(rows, entry)
             if scored.error is None:
