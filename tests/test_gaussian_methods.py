@@ -324,11 +324,11 @@ def test_local_is_the_pool_of_its_densities(coreset: str | None, tiny_backbone: 
     vectors = detector.vectors(test)
     near = (vectors - detector.centre_) @ detector.near_
     product = detector.gaussians(vectors) * (detector.gaussians.log_det_ / vectors.shape[2]).exp()
-    product = product * detector.neighbours(near)
+    here = (product * detector.neighbours(near)).sqrt()
+    expected = here / detector.unit_
     if coreset:
         assert len(detector.bank_) == 60
-        product = product * torch.cdist(near, detector.bank_).amin(2).square()
-    expected = product ** (1 / (3 if coreset else 2)) / detector.unit_
+        expected = here.sqrt() * torch.cdist(near, detector.bank_).amin(2) / detector.unit_
     np.testing.assert_allclose(detector.score_features(test).flatten(1), expected, rtol=1e-3)
 
 

