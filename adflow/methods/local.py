@@ -41,9 +41,9 @@ has the same images for 2.25 times as many, smaller cells; its coreset has 2.25 
 
 **What it is not.** It assumes that images are aligned about as well as PaDiM does. The density is a pool of crude ones,
 not calibrated by itself: thresholds come from held-out normals. Degrees of whitening, shrinkage, rank, the stride-16
-grid, the radius of one cell, widths, samples, rows, the members of the pool, their weights and those of ``quality`` were
-compared on *test* images of screw and magnetic_tile (weights on the demo textures too), so figures on those are somewhat
-optimistic.
+grid, the radius of one cell, widths, samples, rows, the members of the pool and those of ``quality`` were compared on
+*test* images of screw and magnetic_tile, the members' weights on the demo textures too, so figures on those are
+somewhat optimistic.
 """
 
 from __future__ import annotations
