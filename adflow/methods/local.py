@@ -37,7 +37,7 @@ Zidek, 1986) keeps what all find unlikely. Its negative log is C/2 * log(score) 
 a geometric mean of squared distances. So a score is a factor: 1 = an average normal patch that was not learned from,
 4 = twice as far away. ``gaussian=False`` and ``coreset=None`` leave a member out; its weight goes to the others of its
 question, or to the other question. The ``quality`` recipe pools the two neighbour densities at 384 px, where a Gaussian
-has the same images for 2.25 times as many, smaller cells; its coreset has 2.25 times as many rows.
+has the same images for 2.25 times as many, smaller cells.
 
 **What it is not.** It assumes that images are aligned about as well as PaDiM does. The density is a pool of crude ones,
 not calibrated by itself: thresholds come from held-out normals. Degrees of whitening, shrinkage, rank, the stride-16
@@ -120,7 +120,6 @@ class Local(FeatureDetector):
             "size": 384,
             "gaussian": False,
             "samples": 512,
-            "coreset": "4500",
         },
     }
 
@@ -143,7 +142,7 @@ class Local(FeatureDetector):
         width: int | None = 128,
         radius: int = 1,
         samples: int = 192,
-        coreset: str | None = "2000",
+        coreset: str | None = "4500",
         max_memory: str | None = None,
         **base: Any,
     ) -> None:
