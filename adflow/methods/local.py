@@ -319,7 +319,7 @@ class Local(FeatureDetector):
             images: how many there were.
         """
         near = self._near(vectors)
-        pooled = self.neighbours(near, own).clamp(min=_FLOOR).log()
+        pooled: Tensor = self.neighbours(near, own).clamp(min=_FLOOR).log()
         if self.gaussian:
             squared = self.gaussians(vectors)
             if own is not None:
