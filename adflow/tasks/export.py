@@ -49,8 +49,6 @@ NEEDED = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "openvino": ("onnx", "o
 TOLERANCE = 1e-4
 # 16-bit weights are off by 2^-12 of themselves; whitening enlarges that.
 HALF_TOLERANCE = 2e-2
-# Of a provenance, what the hub's card leaves out: it names folders of the machine.
-_PRIVATE = ("command", "held_out_images")
 # Of AUROC, a fraction; for 8-bit models.
 MAX_DROP = 0.01
 
@@ -102,8 +100,7 @@ _README = """\
 Method {method}, fitted on good images of {data}. It takes an RGB image and gives an anomaly map, a score, the verdict
 good or defect, and a mask of what is defective.
 
-{run}
-    pip install "adflow[{extra}]"
+{run}    pip install "adflow[{extra}]"
     adflow score --model . IMAGES         # scores, p-values, verdicts
     adflow segment --model . IMAGES       # masks and regions
 
@@ -119,7 +116,9 @@ good or defect, and a mask of what is defective.
 _RUN = """\
     pip install numpy onnxruntime pillow
     python predict.py IMAGE...            # the least that is needed
+
 or
+
 """
 
 
@@ -151,9 +150,14 @@ def publish(model: Path, repo: str, *, runs: Path | None = None, private: bool =
         licence=terms["name"],
         licence_note=terms["note"],
         measured=measured(learned, runs),
-        provenance={k: v for k, v in header["provenance"].items() if k not in _PRIVATE} | {"digest": header["digest"]},
+        provenance=_public(header["provenance"]) | {"digest": header["digest"]},
     )
     return {"repo": repo, "commit": push_detector(model, repo, card, private=private), "licence": terms}
+
+
+def _public(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return a provenance without what names folders of the machine it was fitted on."""
+    return {key: value for key, value in provenance.items() if key not in ("command", "held_out_images")}
 
 
 def licence_of(data: str) -> dict[str, str]:
@@ -323,6 +327,7 @@ def _write_about(
     detector: Detector, model: Path, folder: Path, form: Form, thresholds: dict[str, Any], int8: bool
 ) -> None:
     header = read_header(model)
+    header["provenance"] = _public(header["provenance"])
     net = zoo.load().backbones.get(detector.backbone.name)
     assert detector.size is not None
     if detector.calibration is not None:

@@ -63,7 +63,7 @@ def any_bundle(parts: Path, runs: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @ONNX
-def test_the_certificate_proves_equality(bundle: Path) -> None:
+def test_the_certificate_proves_equality(bundle: Path, parts: Path) -> None:
     found = json.loads((bundle / "certificate.json").read_text())
     assert found["images"] == 12 and found["verdicts_equal"] == 12 and found["mask_iou"] > 0.99
     assert 0 <= found["map_max_difference"] <= 1e-4 * found["map_range"]
@@ -74,6 +74,7 @@ def test_the_certificate_proves_equality(bundle: Path) -> None:
     }  # fmt: skip
     assert [p for p in bundle.parent.iterdir() if p != bundle] == []
     about = json.loads((bundle / "metadata.json").read_text())
+    assert all(str(parts.parent) not in path.read_text() for path in bundle.glob("*.json"))
     assert about["thresholds"]["image"] is not None and about["licences"]["training data"]["name"] == "unknown"
     assert "training data: unknown" in (bundle / "LICENCES.txt").read_text()
     text = (bundle / "README.md").read_text()
