@@ -325,7 +325,10 @@ class Fused(nn.Module):
         self._laid: dict[torch.dtype, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.fusible or not _onednn(x) or (self.even and (x.shape[2] % 2 or x.shape[3] % 2)):
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.plain.parameters())
+        if trained:  # the operator passes no gradient on to the kernel, which will change besides
+            self._laid.clear()
+        if trained or not self.fusible or not _onednn(x) or (self.even and (x.shape[2] % 2 or x.shape[3] % 2)):
             plain: Tensor = self.act(self.plain(x))
             return plain
         kernel, bias = self._kernel(x), self.plain.bias

@@ -338,3 +338,18 @@ def test_fused_convolutions_leave_gradients_and_double_precision_to_the_plain_on
     fused(image).sum().backward()
     assert image.grad is not None and bool(image.grad.any())
     assert fused.double()(noise(1, 4, 6, 6).double()).dtype == torch.float64
+
+
+def test_a_fused_convolution_that_is_trained_learns_and_is_laid_out_anew() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 8, 3, padding=1)
+    fused, x = _nets._faster(conv, nn.ReLU6()), noise(1, 3, 8, 8)
+    with torch.no_grad():
+        before = fused(x)
+    fused(x).square().sum().backward()  # no gradient goes to x: it is the image
+    assert conv.weight.grad is not None and float(conv.weight.grad.abs().max()) > 0
+    with torch.no_grad():
+        conv.weight += 1
+        torch.testing.assert_close(fused(x), conv(x).clamp(0, 6), rtol=1e-5, atol=1e-6)  # float32 sums of 27 products
+        assert not torch.equal(fused(x), before)
