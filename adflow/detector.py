@@ -337,6 +337,16 @@ class FeatureDetector(Detector):
     ) -> None:
         """Create every learned tensor anew; ``fit`` fills them, ``load_detector`` loads over them."""
 
+    def allow(self, images: ImageSource, resources: Resources) -> Resources:
+        """Return the resources that a fit on ``images`` may use; methods with a limit of memory override this.
+
+        Called before any feature is taken: what cannot be kept is refused here.
+
+        Raises:
+            ResourceError: the method's limit is too low for these images.
+        """
+        return resources
+
     @abstractmethod
     def fit_features(
         self,
@@ -379,10 +389,10 @@ class FeatureDetector(Detector):
         progress: Progress | None = None,
     ) -> Self:
         """Pass every image through the backbone once, then learn from the features."""
-        resources = resources or Resources()
         source = _TensorImages(images) if isinstance(images, Tensor) else images
         if len(source) == 0:
             raise InputError("there is no image to fit on, expected at least 1")
+        resources = self.allow(source, resources or Resources())
         if resources.bank is not None:
             return self.fit_bank(resources.bank, seed=seed, progress=progress, checkpoint=resources.checkpoint)
         with resources.build(self.backbone, source, progress) as bank:

@@ -102,11 +102,10 @@ def keep_within(limit: int | None, needed: int, what: str, hint: str) -> None:
         )
 
 
-def pyramid_shapes(backbone: Backbone, images: ImageSource | Tensor) -> tuple[list[int], list[tuple[int, int]]]:
+def pyramid_shapes(backbone: Backbone, images: ImageSource) -> tuple[list[int], list[tuple[int, int]]]:
     """Return channels and grids of the backbone's taps for ``images``, from the first of them."""
-    first = images if isinstance(images, Tensor) else next(iter(images.batches(1)))
     with torch.inference_mode():
-        pyramid = backbone(first[:1])
+        pyramid = backbone(next(iter(images.batches(1))))
     return [f.shape[1] for f in pyramid], [(f.shape[2], f.shape[3]) for f in pyramid]
 
 

@@ -51,7 +51,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -186,18 +186,11 @@ class Local(FeatureDetector):
             "Keep fewer samples a cell (--set samples=128), a smaller width, or use a smaller size.",
         )
 
-    def fit(
-        self,
-        images: ImageSource | Tensor,
-        *,
-        seed: int = 0,
-        resources: Resources | None = None,
-        progress: Progress | None = None,
-    ) -> Self:
-        """Fit as every feature detector does, after checking that ``max_memory`` can be kept."""
-        if self.max_memory is not None and len(images):
+    def allow(self, images: ImageSource, resources: Resources) -> Resources:
+        """Refuse a fit whose ``max_memory`` cannot be kept."""
+        if self.max_memory is not None:
             self._check_memory(len(images), *pyramid_shapes(self.backbone, images))
-        return super().fit(images, seed=seed, resources=resources, progress=progress)
+        return resources
 
     def prepare(
         self,

@@ -10,7 +10,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -157,25 +157,16 @@ class PaDiM(FeatureDetector):
             "or a low rank (--set rank=32).",
         )
 
-    def fit(
-        self,
-        images: ImageSource | Tensor,
-        *,
-        seed: int = 0,
-        resources: Resources | None = None,
-        progress: Progress | None = None,
-    ) -> Self:
-        """Fit as every feature detector does, after checking that ``max_memory`` can be kept."""
+    def allow(self, images: ImageSource, resources: Resources) -> Resources:
+        """Refuse a fit whose ``max_memory`` cannot be kept, and set aside what the model will need of it."""
         limit = parse_bytes(self.max_memory)
-        if limit is not None and len(images):
-            resources = resources or Resources()
-            channels, grids = pyramid_shapes(self.backbone, images)
-            self._check_memory(channels, grids)
-            # What the model will need is set aside: the bank of features takes from what is left, or goes to
-            # disk.
-            left = max(1, (limit - self.needs(channels, grids)) // 4)
-            resources = replace(resources, memory=min(resources.memory, left))
-        return super().fit(images, seed=seed, resources=resources, progress=progress)
+        if limit is None:
+            return resources
+        channels, grids = pyramid_shapes(self.backbone, images)
+        self._check_memory(channels, grids)
+        # The bank of features takes from what is left, or goes to disk.
+        left = max(1, (limit - self.needs(channels, grids)) // 4)
+        return replace(resources, memory=min(resources.memory, left))
 
     def prepare(
         self,

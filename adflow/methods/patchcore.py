@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -222,21 +222,14 @@ class PatchCore(FeatureDetector):
             left = limit - resident_bytes() - 4 * size * length - _UNDER_WAY
         return max(least, min(rows, left // self._row_bytes(length, parts)))
 
-    def fit(
-        self,
-        images: ImageSource | Tensor,
-        *,
-        seed: int = 0,
-        resources: Resources | None = None,
-        progress: Progress | None = None,
-    ) -> Self:
-        """Fit as every feature detector does, after checking that ``max_memory`` can be kept."""
-        if self.max_memory is not None and len(images):
+    def allow(self, images: ImageSource, resources: Resources) -> Resources:
+        """Refuse a fit whose ``max_memory`` cannot be kept."""
+        if self.max_memory is not None:
             channels, grids = pyramid_shapes(self.backbone, images)
             rows = len(images) * math.prod(common_grid(grids, self.grid))
             size, length = coreset_size(self.coreset, rows), self._vector_length(channels)
             self._capacity(size, len(images), rows, length)
-        return super().fit(images, seed=seed, resources=resources, progress=progress)
+        return resources
 
     def prepare(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -101,20 +101,13 @@ class SPADE(FeatureDetector):
         self.retrieval_score = retrieval_score
         self.max_memory = max_memory
 
-    def fit(
-        self,
-        images: ImageSource | Tensor,
-        *,
-        seed: int = 0,
-        resources: Resources | None = None,
-        progress: Progress | None = None,
-    ) -> Self:
-        """Fit as every feature detector does, after checking that ``max_memory`` can be kept."""
-        if self.max_memory is not None and len(images):
+    def allow(self, images: ImageSource, resources: Resources) -> Resources:
+        """Refuse a fit whose ``max_memory`` cannot be kept."""
+        if self.max_memory is not None:
             channels, grids = pyramid_shapes(self.backbone, images)
             # Twice: once in the bank of features, once in the detector.
             self._check_memory(2 * len(images), channels, grids)
-        return super().fit(images, seed=seed, resources=resources, progress=progress)
+        return resources
 
     def _check_memory(self, images: int, channels: list[int], grids: list[tuple[int, int]]) -> None:
         shapes = zip(self._pixel(channels), self._pixel(grids), strict=True)
