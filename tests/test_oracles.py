@@ -187,21 +187,20 @@ def test_uflow_latents_give_the_originals_nfa(name: str) -> None:
 
 
 class GivenFeatures:
-    """The part of a FeatureBank that a fit reads, over arrays that are there already."""
+    """A bank of features that are there already, and the same as a pyramid of all images."""
 
     def __init__(self, levels: list[np.ndarray]) -> None:
         import torch
 
-        self.levels = [torch.from_numpy(level) for level in levels]
-        self.channels = [level.shape[1] for level in levels]
-        self.grids = [(level.shape[2], level.shape[3]) for level in levels]
+        from adflow._rows import RamStore
+        from adflow.features import FeatureBank
 
-    def __len__(self) -> int:
-        return len(self.levels[0])
-
-    def batches(self, batch_size: int) -> Any:
-        for start in range(0, len(self), batch_size):
-            yield [level[start : start + batch_size] for level in self.levels]
+        self.levels = [torch.from_numpy(level).float() for level in levels]
+        stores = [RamStore(tuple(level.shape[1:]), torch.float32, len(level)) for level in self.levels]
+        for store, level in zip(stores, self.levels, strict=True):
+            for row in level.split(1):
+                store.append(row)
+        self.bank = FeatureBank(stores, (0, 0), 1, "given", on_disk=False)
 
 
 def levels_of(arrays: dict[str, np.ndarray], part: str) -> list[np.ndarray]:
@@ -215,7 +214,7 @@ def fit_given(detector: Any, features: GivenFeatures, size: tuple[int, int]) -> 
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    detector.prepare(features.channels, features.grids, size, generator)
+    detector.prepare(features.bank.channels, features.bank.grids, size, generator)
     return generator
 
 
@@ -233,7 +232,7 @@ def test_padim_is_the_repositorys(tiny_backbone: Any) -> None:
     detector = PaDiM(tiny_backbone, channels=len(arrays["channel_subset"]), **settings)
     generator = fit_given(detector, train, size)
     detector.channels_ = torch.from_numpy(arrays["channel_subset"])
-    detector.fit_features(train, generator=generator)
+    detector.fit_features(train.bank, generator=generator)
     mean = detector.gaussians.mean_.T.numpy()
     inverse = detector.gaussians.inverse_.double()
     covariance = torch.linalg.inv(inverse @ inverse.transpose(1, 2)).permute(1, 2, 0).numpy()
@@ -268,7 +267,7 @@ def spade(tiny_backbone: Any, **settings: Any) -> tuple[Any, dict[str, np.ndarra
     arrays = oracle("spade")
     parts = [GivenFeatures([*levels_of(arrays, part), arrays[f"avgpool_{part}"]]) for part in ("train", "test")]
     detector = SPADE(tiny_backbone, images=int(arrays["top_k"]), **settings)
-    detector.fit_features(parts[0], generator=fit_given(detector, parts[0], (224, 224)))
+    detector.fit_features(parts[0].bank, generator=fit_given(detector, parts[0], (224, 224)))
     return detector, arrays, parts[1]
 
 
@@ -296,7 +295,7 @@ def test_spade_differs_from_the_repository_by_the_dropped_gallery_only(tiny_back
     _, index = detector.retrieve(test.levels)
     given = []
     for level in range(len(test.levels) - 1):
-        names = [f"min_dist_layer{level + 1}_img{b}" for b in range(len(test))]
+        names = [f"min_dist_layer{level + 1}_img{b}" for b in range(len(test.bank))]
         given.append(torch.from_numpy(np.stack([arrays[name] for name in names])))
         for b, name in enumerate(names):
             gallery = getattr(detector, f"level{level}_")[index[b]]  # [K, C, h, w]
