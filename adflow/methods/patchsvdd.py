@@ -11,7 +11,12 @@ distance of its embedding to the nearest one of the training images, and the map
 Two recipes:
 
 * ``paper``: the code's encoders and constants. Patches of 64 and of 32 pixels, the second encoder inside the first,
-  both trained from nothing on the image itself (backbone ``pixels``). It takes hours and has not been measured.
+  both trained from nothing on the image itself (backbone ``pixels``). It takes hours. Only a short run at half scale
+  was measured (128 px, patches of 32 and 16 pixels, 500 of 30,000 steps of 32 pairs; every 8th training and 4th test
+  image of screw): image and pixel AUROC and AUPRO 83.4 / 86.2 / 55.5, and 86.8 / 95.7 / 84.3 without any training.
+  Good test images of screw have a darker background than all others, and that moves first: the *median* of the small
+  patches' map ranks images at 3 untrained and at 100 after those steps. An image AUROC upside down there is the
+  background.
 * ``fast``, a departure: the paper's encoders learn for hours, and after minutes they rank images by chance or worse.
   Here a patch is a cell of a frozen backbone, the small one of its finest map, the large one of all maps on the
   coarsest grid. Features are half-whitened (see :class:`adflow.methods._whiten.Whitening`) and mapped linearly by the
