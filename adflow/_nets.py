@@ -224,8 +224,9 @@ def _ordered(taps: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def exporting() -> bool:
-    """Return whether a program is being recorded (TorchScript, ONNX, ``torch.export``) instead of run."""
+    """Return whether a program is being recorded (TorchScript, ONNX, ``torch.export``, ``make_fx``) instead of run."""
     recording = torch.onnx.is_in_onnx_export() or torch.compiler.is_compiling()
+    recording |= torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     return recording or torch._C._get_tracing_state() is not None
 
 

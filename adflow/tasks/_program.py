@@ -182,9 +182,11 @@ class _Recorded(nn.Module):
         simpler: Any = get_decompositions([aten.threshold_backward])
         self.graph = make_fx(score, decomposition_table=simpler)(pixels)
         for node in self.graph.graph.nodes:
-            # Two operators that recording makes, in names that every exporter knows.
+            # Operators that recording makes, in names that every exporter knows.
             if node.target == aten.lift_fresh_copy.default:
                 node.target = aten.clone.default
+            elif node.target == aten._unsafe_view.default:
+                node.target = aten.reshape.default
             elif node.target == aten._to_copy.default:
                 node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.kwargs["dtype"]), {}
         self.graph.recompile()

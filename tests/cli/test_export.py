@@ -230,6 +230,23 @@ def boxed(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("kind", [pytest.param("onnx", marks=ONNX), "torchscript", "torch"])
+def test_a_method_that_takes_gradients_to_score_exports(kind: str, parts: Path, turned: Path, tmp_path: Path) -> None:
+    bundle = made(tmp_path / "x", parts, turned, "-f", kind, "--count", 2)
+    assert json.loads((bundle / "certificate.json").read_text())["verdicts_equal"] == 2
+
+
+@pytest.fixture(scope="session")
+def turned(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs that holds a small DifferNet: the backward pass of its flow gives its maps."""
+    from adflow import cli
+
+    folder = tmp_path_factory.mktemp("turned")
+    settings = ["--set", "transforms=2", "--set", "epochs=1", "--size", "64", "--runs", folder, "-q"]
+    assert cli.run([str(a) for a in ("fit", parts, "-m", "differnet", *settings)]) == 0
+    return folder
+
+
 @ONNX
 def test_images_of_more_bits_need_a_bundle_for_them(
     bundle: Path, parts: Path, runs: Path, tmp_path: Path, call: Call
