@@ -14,12 +14,14 @@ rebuilt ones, and an attention map A by Grad-CAM from z. Loss on good images (se
 
 The map is 1 - A, the image score the error of rebuilding. Higher = more anomalous. Two recipes:
 
-* ``paper``, net "deep": convolutions on the image itself (backbone ``pixels``). a_k = mean over cells of
-  d(sum of mu) / dF_k, F the encoder's last map; A = ReLU(sum_k a_k F_k), divided by its maximum, or at scoring by the
-  largest that training images gave, so that a defect cannot raise the rest. The attention is a gradient, and its part
-  of the loss would need second derivatives; with mu a 1x1 convolution of F it has a closed form
-  (:func:`attention_map`). Discriminator and autoencoder are trained in turn by one loop: in odd steps only the one
-  gets gradients, in even ones only the other. It takes hours and has not been measured.
+* ``paper``, net "deep": convolutions on the image itself (backbone ``pixels``). a_k = mean over cells of d(sum of mu)
+  / dF_k, F the encoder's last map; A = ReLU(sum_k a_k F_k), divided by its maximum, or at scoring by the largest that
+  training images gave, so that a defect cannot raise the rest. The attention is a gradient, and its part of the loss
+  would need second derivatives; with mu a 1x1 convolution of F it has a closed form (:func:`attention_map`).
+  Discriminator and autoencoder are trained in turn by one loop: in odd steps only the one gets gradients, in even
+  ones only the other. It takes hours. Measured on a small budget only (128 px, every 4th image of screw, 200 of
+  6,000 steps of 8 images): image and pixel AUROC and AUPRO 96.6 / 73.2 / 29.6, untrained 100.0 / 69.7 / 29.0. With a
+  hit of 0 that is screw's background, which is darker in good test images, not detection.
 * ``fast``, net "linear": a linear variational autoencoder of a frozen backbone's features, one per cell, without a
   discriminator. Its z is U^T F, F the features of the cell as deviations from those of good images there and U
   orthonormal. Gradient times feature from the energy of z, summed over channels but, as one net sees one cell, not

@@ -11,8 +11,10 @@ Two recipes:
 * ``paper``, level "image": the whole net is trained, image by image: ImageNet ResNet-18, its last map pooled to 512
   numbers, a multilayer head on top. The image score is the Mahalanobis distance of the pooled embedding from those of
   good images, from one Gaussian with Ledoit-Wolf covariance (section 2.3). The paper trains a second net on crops for
-  maps; its details could not be verified, so **the map is our reading**: the distance of each cell of the last map from
-  the Gaussian of its position.
+  maps; its details could not be verified, so **the map is our reading**: the distance of each cell of the last map
+  from the Gaussian of its position. Measured on a small budget only (``lite0``, tap b6, 128 px, every 4th image of
+  screw, 60 of 65,536 steps of 24 views): image AUROC 89.0, and 86.5 with the net as it came; the map finds no place
+  (hit 3 and 0).
 * ``fast``, level "cell", a departure: the backbone stays frozen, and *cells* are classified. The pasted area is known,
   so every cell of a changed image has its own class. Features are whitened by position, each class is a Gaussian there
   (mean and Ledoit-Wolf covariance), and the score is the log odds, in nats per channel, of a cell being pasted or scar
