@@ -37,7 +37,7 @@ SHORTER: dict[str, tuple[str, list[dict[str, int]]]] = {
     "fastflow": ("fast", [{"epochs": 1}]),
     "uflow": ("fast", [{"epochs": 1}, {"epochs": 2}]),
 }
-SHARES = (0.25, 0.5, 2.0)
+SHARES = (0.5, 2.0)
 
 
 def adflow_fit(root: str, method: str, recipe: str, **settings: Any) -> Call:
