@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -148,7 +149,8 @@ def fit(
 def _estimate(classes: Sequence[Dataset], options: FitOptions, talk: Talk) -> None:
     from adflow.tasks.estimate import estimate
 
-    found = [estimate(one, options) for one in classes]
+    start = time.process_time()  # what was imported by now, a fit will import as well
+    found = [estimate(one, options, start=start) for one in classes]
     lines = []
     for one in found:
         took = one["seconds"]
@@ -156,7 +158,8 @@ def _estimate(classes: Sequence[Dataset], options: FitOptions, talk: Talk) -> No
         disk = f", {one['disk'] / (1 << 30):.1f} GiB of temporary files" if one["disk"] else ""
         lines.append(
             f"{one['data']}: {one['method']} on {one['images']} images takes about {took['total']:.1f} s "
-            f"(features {took['features']:.1f}, fit {took['fit']:.1f}, calibration {took['calibration']:.1f}) "
+            f"(start {took['start']:.1f}, features {took['features']:.1f}, fit {took['fit']:.1f}, "
+            f"calibration {took['calibration']:.1f}) "
             f"and {memory} of memory{disk}"
         )
     talk.data({"estimates": found}, "\n".join(lines))

@@ -19,7 +19,7 @@ import numpy as np
 
 from adflow.calibration import Calibration
 from adflow.data import Chosen, Dataset, Images
-from adflow.detector import Detector, FeatureDetector
+from adflow.detector import FeatureDetector
 from adflow.errors import InputError
 from adflow.features import DTYPES, FeatureBank
 from adflow.imaging import Size
@@ -43,12 +43,18 @@ class _Probe(NamedTuple):
     extra: int
 
 
-def estimate(data: Dataset, options: FitOptions) -> dict[str, Any]:
+def estimate(data: Dataset, options: FitOptions, *, start: float = 0.0) -> dict[str, Any]:
     """Return what fitting ``data`` will take; nothing is written.
 
+    Args:
+        data: one class.
+        options: how it would be fitted.
+        start: seconds that a process takes before it begins, libraries most of them; part of the total.
+
     Returns:
-        images, held_out, seconds {"features", "fit", "calibration", "total"}, milliseconds an image {"features",
-        "score"}, memory and disk in bytes (memory None where the system does not tell), images of the largest probe.
+        images, held_out, seconds {"start", "features", "fit", "calibration", "total"}, milliseconds an image
+        {"features", "score"}, memory and disk in bytes (memory None where the system does not tell), images of the
+        largest probe.
 
     Raises:
         InputError: fewer than 4 images that can be read.
@@ -73,7 +79,7 @@ def estimate(data: Dataset, options: FitOptions) -> dict[str, Any]:
     stage = _memory("VmHWM")
     row = sum(c * h * w for c, (h, w) in zip(bank.channels, bank.grids, strict=True))
     row *= DTYPES[options.resources.dtype].itemsize
-    own = not isinstance(detector, FeatureDetector) or bool(getattr(detector, "rotate", 0)) or _reads_images(detector)
+    own = not isinstance(detector, FeatureDetector) or not detector.learns_from_bank
     probes: list[_Probe] = []
     wanted, most, took = 32, len(chosen), 0.0
     while not probes or (probes[-1].images < most and (took < _LONG or len(probes) < 2)):
@@ -100,7 +106,7 @@ def estimate(data: Dataset, options: FitOptions) -> dict[str, Any]:
     now = _memory("VmRSS")
     few_bytes = row * len(few)
     memory = None if now is None or stage is None else int(max(stage, now - few_bytes + extra) + held_in_ram)
-    seconds = {"features": features, "fit": learn * times, "calibration": score * scored}
+    seconds = {"start": start, "features": features, "fit": learn * times, "calibration": score * scored}
     return {
         "data": data.name,
         "method": detector.method(),
@@ -113,11 +119,6 @@ def estimate(data: Dataset, options: FitOptions) -> dict[str, Any]:
         "disk": disk,
         "probed_with": probes[-1].images,
     }
-
-
-def _reads_images(detector: Detector) -> bool:
-    """Return whether a method brings images to features in a way of its own."""
-    return type(detector).fit is not FeatureDetector.fit and "max_memory" not in detector.parameters_of()
 
 
 def _probe(
