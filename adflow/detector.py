@@ -104,7 +104,7 @@ class Resources:
     bank: FeatureBank | None = None
 
     def build(self, backbone: Backbone, images: ImageSource, progress: Progress | None = None) -> FeatureBank:
-        """Pass every image through ``backbone`` once; return the features, on which the caller closes the door."""
+        """Pass every image through ``backbone`` once; return the features, which the caller closes."""
         if self.spread is not None:
             return self.spread(backbone, images, self.dtype, progress)
         return FeatureBank.build(
