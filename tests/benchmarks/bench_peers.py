@@ -6,8 +6,9 @@
 FOLDER is laid out like MVTec AD (train/good, test, ground_truth). Sides of one comparison run in turn, each in a
 process of its own, with as many threads as there are cores (``taskset -c 0`` in front gives each one). Seconds are
 medians of wall time; ratios are those of processor seconds, all threads and child processes together, because other
-work on the machine changes these least (the bars of fits, single runs, give both). What is in the cache is read, not run again, so that the table can be put
-together in pieces; without one everything runs: about an hour, most of it the peers' fits.
+work on the machine changes these least (the bars of fits, which run once, give both). What is in the cache is read,
+not run again, so that the table can be put together in pieces; without one everything runs: about an hour, most of it
+the peers' fits.
 """
 
 from __future__ import annotations
