@@ -46,7 +46,8 @@ class Moments:
         """
         if len(vectors) == 0:
             return
-        values = vectors.to(torch.float64).transpose(0, 1)  # [P, n, C]
+        # Laid out for the product before it is widened: half the bytes are moved.
+        values = vectors.transpose(0, 1).contiguous().to(torch.float64)  # [P, n, C]
         mean = values.mean(dim=1)
         if not bool(torch.isfinite(mean).all()):
             raise InputError("features are not finite", hint="Check the images and the backbone's weights.")

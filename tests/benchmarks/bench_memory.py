@@ -197,13 +197,19 @@ def _vectors() -> torch.Tensor:
 
 
 def adflow_gaussians() -> Call:
+    from adflow._rows import RamStore
+    from adflow.features import FeatureBank
     from adflow.methods._gaussian import PositionGaussians
 
     vectors = _vectors()
+    store = RamStore((CHANNELS, POSITIONS, 1), torch.float32, IMAGES)
+    for row in vectors.transpose(1, 2).unsqueeze(3).split(1):
+        store.append(row)
+    bank = FeatureBank([store], (POSITIONS, 1), 1, "given", on_disk=False)
 
     def call() -> dict[str, Any]:
         model = PositionGaussians(POSITIONS, CHANNELS)
-        model.fit(lambda: vectors.split(32), whiten=False, ridge=0.01)
+        model.fit(bank, lambda pyramid: pyramid[0].flatten(2).transpose(1, 2), whiten=False, ridge=0.01)
         return {"mean distance": float(model(vectors[:1]).sqrt().mean())}
 
     return call
