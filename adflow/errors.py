@@ -82,13 +82,13 @@ class TrainingError(AdflowError):
     exit_code = 8
 
 
-def unknown(kind: str, found: str, known: Iterable[str]) -> UsageError:
+def unknown(kind: str, found: object, known: Iterable[str]) -> UsageError:
     """Return the error for a name that does not exist, naming the nearest ones.
 
     >>> print(unknown("method", "cflwo", ["cflow", "uflow"]))
     unknown method 'cflwo'; did you mean 'cflow'? Known: cflow, uflow
     """
     names = sorted(known)
-    near = difflib.get_close_matches(found, names, n=1)
+    near = difflib.get_close_matches(str(found), names, n=1)
     guess = f"did you mean '{near[0]}'? " if near else ""
     return UsageError(f"unknown {kind} '{found}'; {guess}Known: {', '.join(names)}")

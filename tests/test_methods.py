@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import subprocess
 import sys
 import textwrap
@@ -16,7 +18,7 @@ from adflow.backbones import Backbone
 from adflow.bundle import MODELS, open_model
 from adflow.detector import Detector
 from adflow.detector_file import load_detector, save_detector
-from adflow.errors import AdflowError, InputError
+from adflow.errors import AdflowError, InputError, UsageError
 from adflow.tasks._program import Form, Thresholds, write_program
 
 NAMES = methods.names()
@@ -134,16 +136,36 @@ def test_odd_sizes_and_extreme_images_give_finite_scores(name: str, tiny_backbon
     assert torch.isfinite(scores.map).all() and torch.isfinite(scores.image).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+LOAD = """
+import sys
+from pathlib import Path
+
+import torch
+from conftest import TinyBackbone
+
+from adflow import detector_file
+
+detector_file.make_backbone = lambda *_, **__: TinyBackbone()
+folder, names = Path(sys.argv[1]), sys.argv[2:]
+images = torch.load(folder / "images.pt")
+detectors = {name: detector_file.load_detector(folder / f"{name}.safetensors") for name in names}
+torch.save({name: (one.score(images).map, one.params()) for name, one in detectors.items()}, folder / "found.pt")
+"""
+
+
 def test_saved_and_loaded_in_a_fresh_process_it_scores_the_same_bits(
-    name: str, fitted: dict[str, Detector], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fitted: dict[str, Detector], tmp_path: Path
 ) -> None:
-    path = save_detector(fitted[name], tmp_path / "d.safetensors")
     images = with_defect(good_images(2, seed=6))
-    monkeypatch.setattr("adflow.detector_file.make_backbone", lambda *_, **__: fitted[name].backbone)
-    again = load_detector(path)
-    assert torch.equal(again.score(images).map, fitted[name].score(images).map)
-    assert again.params() == fitted[name].params()
+    torch.save(images, tmp_path / "images.pt")
+    for name, detector in fitted.items():
+        save_detector(detector, tmp_path / f"{name}.safetensors")
+    subprocess.run([sys.executable, "-c", LOAD, str(tmp_path), *NAMES], check=True, cwd=Path(__file__).parent)
+    found = torch.load(tmp_path / "found.pt")
+    for name, (score_map, params) in found.items():
+        assert torch.equal(score_map, fitted[name].score(images).map), name
+        assert params == fitted[name].params(), name
+    assert list(found) == NAMES
 
 
 def test_energies_are_non_negative_and_roughly_calibrated(fitted: dict[str, Detector]) -> None:
@@ -167,7 +189,8 @@ def test_methods_without_a_null_model_say_so(fitted: dict[str, Detector]) -> Non
 def test_facts_are_there_without_importing_torch(name: str) -> None:
     row = next(row for row in methods.facts() if row["name"] == name)
     assert row["paper"] and row["year"] and row["learns"] and row["fit_cost"] and row["score_cost"]
-    assert isinstance(row["null"], bool) if "null" in row else True
+    # Without a null model a method need not say so.
+    assert row.get("null", False) is methods.get(name).has_null
 
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:
@@ -175,6 +198,44 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         methods.get("cflwo")
     with pytest.raises(AdflowError, match="setting of cflow"):
         methods.build("cflow", settings={"stepz": 3})
+
+
+WRONG: dict[str, list[object]] = {
+    "bool": ["abc", 2, [True], {"a": 1}],
+    "int": ["abc", 1.5, True, [1, 2], {"a": 1}],
+    "float": ["abc", False, math.nan, math.inf, [0.5], {"a": 1}],
+    "str": [False, [1], {"a": 1}],
+    "tuple[int, ...]": ["a", ["a", "b"], [1.5], [True], {"a": 1}],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_setting_of_another_type_is_one_line(name: str) -> None:
+    written: dict[str, str] = {}
+    for owner in reversed(methods.get(name).__mro__):
+        if issubclass(owner, Detector) and "__init__" in vars(owner):
+            parameters = inspect.signature(vars(owner)["__init__"]).parameters
+            written |= {key: parameter.annotation for key, parameter in parameters.items()}
+    for key in methods.get(name).parameters_of():
+        kind, _, none = written[key].partition(" | ")
+        for value in (*WRONG[kind], *([] if none else [None])):
+            with pytest.raises(UsageError, match=f"^setting {key} is .*, expected ") as caught:
+                methods.build(name, settings={key: value})
+            assert "\n" not in str(caught.value)
+
+
+def test_settings_are_read_as_the_types_of_their_parameters() -> None:
+    # What YAML makes of --set coreset=300, rank=none, smooth=1e0 and radius=2.0.
+    detector, _ = methods.build("local", settings={"coreset": 300, "rank": "none", "smooth": "1e0", "radius": 2.0})
+    found = detector.params()
+    assert (found["coreset"], found["rank"], found["smooth"], found["radius"]) == ("300", None, 1.0, 2)
+    assert isinstance(found["radius"], int)
+    assert methods.build("uflow", settings={"norm": "none"})[0].params()["norm"] == "none"
+    assert methods.build("patchsvdd", settings={"strides": [8, 2]})[0].params()["strides"] == (8, 2)
+    with pytest.raises(UsageError, match=r"expected a list of whole numbers such as \[16, 4\]$"):
+        methods.build("patchsvdd", settings={"strides": ["a"]})
+    with pytest.raises(UsageError, match="rank is 'abc', expected a whole number or none"):
+        methods.build("padim", settings={"rank": "abc"})
 
 
 def test_listing_methods_imports_no_torch() -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import math
 import pkgutil
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from adflow.errors import AdflowError, UsageError, unknown
 
@@ -89,39 +91,73 @@ def build(
     chosen = cls.recipe_for(recipe, class_)
     recipe_backbone, recipe_taps = chosen.pop("backbone", "lite0"), chosen.pop("taps", None)
     reading: dict[str, Any] = {key: chosen.pop(key) for key in ("size", "keep_aspect") if key in chosen}
-    known = cls.parameters_of()
+    known, kinds = cls.parameters_of(), _kinds(cls)
     for key, value in (settings or {}).items():
         if key not in known:
             raise unknown(f"setting of {name}", key, known)
-        chosen[key] = _typed(key, value, known[key])
+        chosen[key] = _typed(key, value, known[key], kinds.get(key, Any if known[key] is None else type(known[key])))
     if taps is None and backbone in (None, recipe_backbone):
         taps = recipe_taps
     net = make_backbone(backbone or recipe_backbone, taps=taps, weights=weights)
     return cls(net, **chosen), reading
 
 
-def _typed(name: str, value: Any, default: Any) -> Any:
-    """Check a value from the command line against the type of the parameter's default."""
-    if default is None or value is None or isinstance(default, str):
+def _kinds(cls: type[Detector]) -> dict[str, Any]:
+    """Return the annotation of every constructor parameter, base classes included.
+
+    Those that are imported for type checkers alone cannot be looked up; of our own that is the backbone's.
+    """
+    from adflow.detector import Detector
+
+    found: dict[str, Any] = {}
+    for owner in cls.__mro__:
+        if issubclass(owner, Detector) and "__init__" in vars(owner):
+            with contextlib.suppress(NameError):
+                found = get_type_hints(vars(owner)["__init__"], localns={"Backbone": Any}) | found
+    return found
+
+
+def _typed(name: str, value: Any, default: Any, kind: Any) -> Any:
+    """Return a value from the command line as its parameter's type; the word none is None where that may be."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if NoneType in kinds and value in (None, "none"):
+        return None
+    for one in kinds:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return _as(value, one)
+    example = list(default) if isinstance(default, tuple) else default
+    such = "" if default is None or isinstance(default, bool) else f" such as {example}"
+    raise UsageError(f"setting {name} is {value!r:.60}, expected {' or '.join(map(_words, kinds))}{such}")
+
+
+def _as(value: Any, kind: Any) -> Any:
+    """Return ``value`` as ``kind``; TypeError, ValueError or OverflowError where it is none."""
+    if kind is tuple or get_origin(kind) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_as(item, (get_args(kind) or [Any])[0]) for item in items)
+    if kind is NoneType:
+        raise TypeError
+    if kind not in (bool, int, float, str):
+        return value  # of another package's method: its own affair
+    if (kind is bool) != isinstance(value, bool):
+        raise TypeError
+    if kind is bool:
         return value
-    try:
-        if isinstance(default, bool):
-            if not isinstance(value, bool):
-                raise ValueError
-            return value
-        if isinstance(default, int):
-            if int(value) != float(value):
-                raise ValueError
-            return int(value)
-        if isinstance(default, float):
-            return float(value)
-        if isinstance(default, tuple):
-            return tuple(value) if isinstance(value, list | tuple) else (value,)
-    except (TypeError, ValueError):
-        raise UsageError(
-            f"setting {name} is {value!r}, expected a {type(default).__name__} such as {default!r}"
-        ) from None
-    return value
+    if kind is str:
+        if not isinstance(value, str | int | float):
+            raise TypeError
+        return str(value)  # YAML reads --set coreset=4500 as a number
+    number = float(value)  # YAML reads --set lr=1e-3 as text
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+        raise ValueError
+    return kind(value if isinstance(value, int) else number)
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"a list of {_words(get_args(kind)[0]).removeprefix('a ')}s"
+    known = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "none"}
+    return known.get(kind, str(kind))
 
 
 def facts() -> list[dict[str, Any]]:

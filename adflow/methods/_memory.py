@@ -232,7 +232,7 @@ def coreset_size(coreset: str | int, rows: int) -> int:
         wanted = int(rows * float(text[:-1]) / 100) if text.endswith("%") else int(text)
         if float(text.rstrip("%")) <= 0:
             raise ValueError
-    except ValueError:
+    except (ValueError, OverflowError):
         message = f"coreset is {coreset!r}, expected a share such as '10%' or a number of rows"
         raise UsageError(message) from None
     return max(1, min(wanted, rows))

@@ -126,6 +126,8 @@ def test_list_detectors_and_methods(runs: Path, call: Call) -> None:
         (["fit", "{parts}", "-m", "cflwo"], 2, "did you mean 'cflow'"),
         (["fit", "{parts}", "-b", "lite9"], 2, "lite0"),
         (["fit", "{parts}", "-m", "padim", "--set", "shrinkag=1"], 2, "shrinkag"),
+        (["fit", "{parts}", "-m", "padim", "--set", "rank=abc"], 2, "rank is 'abc', expected a whole number or none"),
+        (["fit", "{parts}", "-m", "uflow", "--set", "norm=no"], 2, "norm is False, expected a text such as position"),
         (["fit", "{parts}", "--size", "1"], 2, "size"),
         (["fit", "{parts}", "--recipe", "quick"], 2, "fast"),
         (["fit", "{empty}"], 3, "image"),

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from adflow import cli, detector_file, zoo
+from adflow import cli, detector_file, methods, zoo
 from adflow._unpack import unpack
 from adflow._weights import read_weights
 from adflow.bundle import read_metadata
@@ -326,7 +326,22 @@ def test_damaged_archives(tmp_path: Path, count: Count) -> None:
 # ---- what people type
 
 
-def test_values_of_options(count: Count, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def typed(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A fit that works, to which mistyped options are added; the last word for an option counts."""
+    out = tmp_path_factory.mktemp("typed")
+    return ["fit", str(parts), "--method=padim", "--size=32", f"--out={out}", "--quiet"]
+
+
+def one_line(capsys: pytest.CaptureFixture[str], *allowed: int) -> None:
+    """Check what the command line said: nothing, or one line and its hint; a box of typer's is one answer too."""
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    if said and "╭" not in said and "Usage:" not in said:
+        assert len(said.strip().splitlines()) <= 2 and len(said) <= 1000, said
+
+
+def test_values_of_options(typed: list[str], count: Count, capsys: pytest.CaptureFixture[str]) -> None:
     words = st.one_of(
         st.text(max_size=12), st.sampled_from(["0", "-1", "1e309", "nan", "inf", "9" * 400, "1x1", "💥", ""])
     )
@@ -337,10 +352,28 @@ def test_values_of_options(count: Count, capsys: pytest.CaptureFixture[str]) -> 
     @given(st.sampled_from(options), words)
     def check(option: str, word: str) -> None:
         def call() -> None:
-            code = cli.run(["fit", "no such folder/x", f"{option}={word}"])
-            assert code in (2, 3, 4), code
+            # A word may be a good value, or none that this machine has the weights or the memory for.
+            code = cli.run([*typed, f"{option}={word}"])
+            assert code in (0, 2, 3, 4, 5), code
+            one_line(capsys)
 
         survives("values of options", call, count, (option, word))
-        capsys.readouterr()
 
     check()
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_values_of_settings(method: str, typed: list[str], count: Count, capsys: pytest.CaptureFixture[str]) -> None:
+    huge = "9" * 400
+    known = {bool: ["abc", "7", huge], int: ["abc", "1.5", "no", huge], float: ["abc", "yes", ".nan", huge],
+             str: ["no", "[1]"], tuple: ["a", "[a, b]", "[1.5]", huge]}  # fmt: skip
+    for name, default in methods.get(method).parameters_of().items():
+        # Those without a value of their own take a number or a text: no list, no switch.
+        for word in [*known.get(type(default), ["[a]", "no", huge]), "{a: 1}", "2020-01-01", "[[[", "💥"]:
+
+            def call(setting: str = f"--set={name}={word}") -> None:
+                code = cli.run([*typed, f"--method={method}", setting])
+                assert code in (2, 3), code
+                one_line(capsys)
+
+            survives("values of settings", call, count, (method, name, word))
