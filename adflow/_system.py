@@ -42,6 +42,31 @@ def free_memory(system: Path = Path("/")) -> int | None:  # a root, for tests
     return min(found, default=None)
 
 
+def resident_bytes() -> int:
+    """Return the memory this process holds now, in bytes; 0 where the system does not tell (not Linux)."""
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Return the most that :func:`resident_bytes` has been, since the start or :func:`forget_peak`; 0 likewise."""
+    return _status("VmHWM")
+
+
+def forget_peak() -> None:
+    """Let the peak of resident memory begin anew, where the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def _status(what: str) -> int:
+    try:
+        return _numbers(Path("/proc/self/status"))[what] * 1024
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
 def _numbers(path: Path) -> dict[str, int]:
     """Return the first number of every line of ``path`` by its name."""
     lines = (line.replace(":", " ").split() for line in path.read_text(encoding="ascii").splitlines())

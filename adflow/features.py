@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from adflow import _ranks
+from adflow._bytes import in_units
 from adflow._files import make_folder
 from adflow._rows import DiskStore, RamStore, Store, SubsetStore
 from adflow._system import cores, free_memory
@@ -300,16 +301,16 @@ def _plan(
     """Choose RAM or disk for ``rows`` rows like ``pyramid``; return stores, note, and whether on disk."""
     shapes = [(level.shape[1], level.shape[2], level.shape[3]) for level in pyramid]
     needed = rows * sum(c * h * w for c, h, w in shapes) * dtype.itemsize
-    what = f"features of {rows} images, {_human(needed)} as {str(dtype).removeprefix('torch.')}"
-    limit = f"the limit for RAM is {_human(memory)}"
+    what = f"features of {rows} images, {in_units(needed)} as {str(dtype).removeprefix('torch.')}"
+    limit = f"the limit for RAM is {in_units(memory)}"
     if needed <= memory:
         left = free_memory()
         try:
             # Half of it: methods copy parts of the features while they learn.
             if left is None or needed <= left // 2:
-                note = f"{what}: kept in RAM, below the limit of {_human(memory)}"
+                note = f"{what}: kept in RAM, below the limit of {in_units(memory)}"
                 return [RamStore(shape, dtype, rows) for shape in shapes], note, False
-            limit = f"only {_human(left)} of RAM are free"
+            limit = f"only {in_units(left)} of RAM are free"
         except ResourceError:
             limit = "the system gives no more RAM"
         logging.getLogger("adflow").warning(f"{what} go to disk, as {limit}; the result is the same")
@@ -317,15 +318,11 @@ def _plan(
     free = shutil.disk_usage(place).free
     if needed > free:
         raise ResourceError(
-            f"{what}: more than the {_human(free)} free in {place}, and {limit}",
+            f"{what}: more than the {in_units(free)} free in {place}, and {limit}",
             hint="Free some space, point TMPDIR to another disk, or use --feature-dtype bfloat16 or a smaller --size.",
         )
     note = f"{what}: on disk in {place}, as {limit}"
     return [DiskStore(shape, dtype, place) for shape in shapes], note, True
-
-
-def _human(size: int) -> str:
-    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / (1 << 20):.1f} MiB"
 
 
 def extract(

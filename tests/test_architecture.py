@@ -27,7 +27,7 @@ PLUMBING = {
     "flows": ["_fused"],
     "overlays": ["_drawing"],
     "zoo": ["_catalogue", "_files", "_lock", "_store", "_unpack"],
-    "imaging": ["_clock", "_maxtree", "_nets", "_nfa_block", "_ranks", "_regions", "_system", "_video"],
+    "imaging": ["_bytes", "_clock", "_maxtree", "_nets", "_nfa_block", "_ranks", "_regions", "_system", "_video"],
 }
 
 

@@ -224,7 +224,7 @@ def test_no_room_on_disk_is_said_before_anything_is_written(
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ResourceError, match=r"more than the 0\.0 MiB free in .* limit for RAM is 0\.0 MiB"):
+    with pytest.raises(ResourceError, match=r"more than the 1000 B free in .* limit for RAM is 0 B"):
         FeatureBank.build(tiny_backbone, source, memory=0, folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -120,23 +120,3 @@ def size(text: str | None) -> tuple[int, int] | None:
     from adflow.imaging import parse_size
 
     return parse_size(text)
-
-
-def bytes_of(text: str) -> int:
-    """Read an amount of memory such as 4GiB, 500MB or 1e9.
-
-    >>> bytes_of("2GiB"), bytes_of("500 MB"), bytes_of("1024")
-    (2147483648, 500000000, 1024)
-    """
-    units = {"": 1, "b": 1}
-    for i, letter in enumerate("kmgt", start=1):
-        units |= {f"{letter}b": 1000**i, f"{letter}ib": 1024**i, letter: 1024**i}
-    number = text.strip().lower().rstrip("kmgtib ")
-    unit = text.strip().lower()[len(number) :].strip()
-    try:
-        amount = float(number) * units[unit]
-    except (ValueError, KeyError):
-        raise UsageError(f"'{text}' is no amount of memory, expected such as 4GiB or 500MB") from None
-    if amount <= 0:
-        raise UsageError(f"'{text}' is no amount of memory, expected more than 0")
-    return int(amount)

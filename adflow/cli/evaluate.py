@@ -149,6 +149,7 @@ def evaluate(
     """
     from dataclasses import replace
 
+    from adflow._bytes import parse_bytes
     from adflow._lock import claim
     from adflow.cli import _evaluate as steps
     from adflow.report import Gridded
@@ -178,7 +179,7 @@ def evaluate(
         flag_rate,
         threshold,
         strict,
-        o.bytes_of(map_memory),
+        parse_bytes(map_memory),
         overlays=overlays,
         overlay_size=overlay_size or None,
         workers=workers,
@@ -187,7 +188,7 @@ def evaluate(
         recipe=recipe, backbone=backbone, taps=o.names(taps), weights=weights, settings=o.settings(settings),
         size=o.size(size), keep_aspect=keep_aspect, holdout=holdout, folds=folds, device=device, strict=strict,
     )  # fmt: skip
-    options = replace(options, resources=replace(options.resources, memory=o.bytes_of(feature_memory) // jobs))
+    options = replace(options, resources=replace(options.resources, memory=parse_bytes(feature_memory) // jobs))
     classes = steps.classes(data, data_root, talk, stride)
     where = steps.Where(device, precision, weights, runs)
     if method is None:

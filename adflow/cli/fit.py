@@ -57,11 +57,12 @@ def fit(
     from dataclasses import replace
 
     from adflow import _ranks
+    from adflow._bytes import parse_bytes
+    from adflow._system import resident_bytes
     from adflow.cli._inputs import open_strided
     from adflow.detector import Resources
     from adflow.errors import PartialError, UsageError
     from adflow.methods import get
-    from adflow.methods._memory import resident_bytes
     from adflow.tasks.fit import FitOptions, fit_on
     from adflow.tasks.fit import fit as run_fit
 
@@ -71,12 +72,12 @@ def fit(
     if out is not None and len(classes) > 1:
         raise UsageError(f"--out takes one class, found {len(classes)}", hint="Use --runs FOLDER for several.")
     chosen = o.settings(settings)
-    memory = o.bytes_of(feature_memory)
+    memory = parse_bytes(feature_memory)
     if max_memory is not None:
         # Libraries alone take half a GiB: features get a quarter of what they leave, the method the rest.
-        memory = min(memory, max(1, (o.bytes_of(max_memory) - resident_bytes()) // 4))
+        memory = min(memory, max(1, (parse_bytes(max_memory) - resident_bytes()) // 4))
         if "max_memory" in get(method).parameters_of():
-            chosen.setdefault("max_memory", o.bytes_of(max_memory))
+            chosen.setdefault("max_memory", parse_bytes(max_memory))
     options = FitOptions(
         method=method,
         recipe=recipe,

@@ -8,15 +8,16 @@ unbounded size.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adflow import _bytes
+from adflow._bytes import in_units
+from adflow._system import resident_bytes
 from adflow.errors import InputError, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -30,53 +31,17 @@ _ROW_BLOCK = 8192
 _LANE = 64  # columns whose minimum is taken first: a vectorised pass that leaves 1/64 for the slow arg-min
 _PICKS = 256  # coreset picks between two passes over all rows
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-
 
 # --- limits -------------------------------------------------------------------------------------------------
 
 
 def parse_bytes(value: str | int | None) -> int | None:
-    """Return a number of bytes; None stays None (no limit).
-
-    >>> parse_bytes("2GiB"), parse_bytes("500 MB"), parse_bytes(4096)
-    (2147483648, 500000000, 4096)
+    """Return the bytes of a setting ``max_memory``; None stays None (no limit).
 
     Raises:
         UsageError: not a size.
     """
-    if value is None:
-        return None
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", str(value).lower())
-    if found is None or (found[3] and not found[2]):
-        raise UsageError(f"memory limit is {value!r}, expected a size such as 2GiB or 500MB")
-    unit = _BINARY[found[2]] if found[3] else _UNITS[found[2]]
-    size = int(float(found[1]) * unit)
-    if size <= 0:
-        raise UsageError(f"memory limit is {value!r}, expected more than nothing, such as 2GiB")
-    return size
-
-
-def in_units(size: float) -> str:
-    """Return ``size`` bytes for a message.
-
-    >>> in_units(3.5 * 2**30), in_units(2_000_000)
-    ('3.5 GiB', '1.9 MiB')
-    """
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    power = min(len(units) - 1, max(0, int(size).bit_length() - 1) // 10)
-    return f"{size / 1024**power:.3g} {units[power]}"
-
-
-def resident_bytes() -> int:
-    """Return the memory this process holds now, in bytes; 0 where the system does not tell (not Linux)."""
-    try:
-        fields = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    found = re.search(r"VmRSS:\s*(\d+) kB", fields)
-    return int(found[1]) * 1024 if found else 0
+    return None if value is None else _bytes.parse_bytes(str(value))
 
 
 def keep_within(limit: int | None, needed: int, what: str, hint: str) -> None:

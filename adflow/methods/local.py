@@ -56,6 +56,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from adflow._system import resident_bytes
 from adflow.detector import Energy, FeatureDetector, ImageSource, Progress, Resources
 from adflow.errors import UsageError
 from adflow.features import PART
@@ -72,7 +73,6 @@ from adflow.methods._memory import (
     parse_bytes,
     pyramid_shapes,
     random_projection,
-    resident_bytes,
 )
 from adflow.methods._whiten import Whitening, chi_square_fit, leave_one_out
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adflow._system import resident_bytes
 from adflow.detector import FeatureDetector, ImageSource, Progress, Resources, Scores, reduce_map
 from adflow.errors import UsageError
 from adflow.features import PART
@@ -31,7 +32,6 @@ from adflow.methods._memory import (
     parse_bytes,
     pyramid_shapes,
     random_projection,
-    resident_bytes,
     to_grid,
 )
 

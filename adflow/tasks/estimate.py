@@ -8,15 +8,14 @@ is a forecast for this machine as it is now: other programs and other disks chan
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from adflow._system import forget_peak, peak_bytes, resident_bytes
 from adflow.calibration import Calibration
 from adflow.data import Chosen, Dataset, Images
 from adflow.detector import FeatureDetector
@@ -26,7 +25,7 @@ from adflow.imaging import Size
 from adflow.pipeline import run
 from adflow.tasks._bank import can_share
 from adflow.tasks._device import choose_device
-from adflow.tasks.fit import FitOptions, hold_out, prepare
+from adflow.tasks.fit import FitOptions, prepare, split
 
 _IMAGES = 32  # that are read
 _LONG = 3.0  # seconds: a probe that takes longer is the last
@@ -61,10 +60,12 @@ def estimate(data: Dataset, options: FitOptions, *, start: float = 0.0) -> dict[
     """
     detector, size, keep_aspect = prepare(data, options)
     device = str(choose_device(options.device))
-    chosen, held = hold_out(len(data.train), 0.0 if options.folds > 1 else options.holdout, options.seed)
+    chosen, held = split(len(data.train), options)
     few = Chosen(data.train, np.linspace(0, len(data.train) - 1, min(_IMAGES, len(data.train))).round().astype(int))
     if len(few) < 4:
-        raise InputError(f"{len(few)} training images, expected at least 4 to estimate from")
+        raise InputError(
+            f"{len(few)} training images, expected at least 4 to estimate from", hint="Fit at once: so few take seconds."
+        )
     detector.to(device)
     images = Images(few, size, keep_aspect=keep_aspect, strict=options.strict)
 
@@ -72,11 +73,11 @@ def estimate(data: Dataset, options: FitOptions, *, start: float = 0.0) -> dict[
         return FeatureBank.build(detector.backbone, source, workers=options.resources.workers)
 
     build(images.part(0, 4)).close()  # the first images pay for loading libraries
-    _forget_peak()
+    forget_peak()
     began = time.perf_counter()
     bank = build(images)
     per_image = (time.perf_counter() - began) / len(images)
-    stage = _memory("VmHWM")
+    stage = peak_bytes()
     row = sum(c * h * w for c, (h, w) in zip(bank.channels, bank.grids, strict=True))
     row *= DTYPES[options.resources.dtype].itemsize
     own = not isinstance(detector, FeatureDetector) or not detector.learns_from_bank
@@ -103,9 +104,9 @@ def estimate(data: Dataset, options: FitOptions, *, start: float = 0.0) -> dict[
     in_ram = 0 if own else row * count
     disk = in_ram if in_ram > options.resources.memory else 0
     held_in_ram = in_ram - disk
-    now = _memory("VmRSS")
+    now = resident_bytes()
     few_bytes = row * len(few)
-    memory = None if now is None or stage is None else int(max(stage, now - few_bytes + extra) + held_in_ram)
+    memory = None if not now or not stage else int(max(stage, now - few_bytes + extra) + held_in_ram)
     seconds = {"start": start, "features": features, "fit": learn * times, "calibration": score * scored}
     return {
         "data": data.name,
@@ -135,8 +136,8 @@ def _probe(
     detector.to(choose_device(options.device))
     detector.keep_aspect = keep_aspect
     training = _Training()
-    before = _memory("VmRSS")
-    _forget_peak()
+    before = resident_bytes()
+    forget_peak()
     began = time.perf_counter()
     if bank is not None:
         assert isinstance(detector, FeatureDetector)
@@ -147,14 +148,14 @@ def _probe(
         resources = replace(options.resources, checkpoint=None)
         detector.fit(source, seed=options.seed, resources=resources, progress=training)
     learn = time.perf_counter() - began + training.left()
-    peak = _memory("VmHWM")
+    peak = peak_bytes()
     scored = few[: min(_SCORED, len(few))]
     began = time.perf_counter()
     found = [s for s in run(detector, scored, workers=options.resources.workers) if s.error is None]
     if options.holdout or options.folds > 1:
         Calibration.from_maps([s.map for s in found], np.array([s.image for s in found]))
     score = (time.perf_counter() - began) / len(scored)
-    return _Probe(count, learn, score, max(0, (peak or 0) - (before or 0)))
+    return _Probe(count, learn, score, max(0, peak - before))
 
 
 class _Training:
@@ -197,20 +198,3 @@ def _extended(points: Sequence[tuple[int, float]], to: int) -> float:
     if power > 1.4 and x0 < x:  # a line would fall short
         return float(y * (to / x) ** min(power, 2.0))
     return float(y + max(0.0, y - y0) * (to - x) / (x - x0))
-
-
-def _memory(what: str) -> int | None:
-    """Return VmRSS (resident now) or VmHWM (its peak) of this process in bytes; None where Linux does not tell."""
-    try:
-        found = re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
-
-
-def _forget_peak() -> None:
-    """Let the peak of resident memory begin anew, where the system can."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return

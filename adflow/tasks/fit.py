@@ -93,7 +93,8 @@ def hold_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]
     return [i for i in range(count) if i not in out], chosen
 
 
-def _split(count: int, options: FitOptions) -> tuple[list[int], list[int]]:
+def split(count: int, options: FitOptions) -> tuple[list[int], list[int]]:
+    """Split ``count`` images into those to fit on and those held out, as ``options`` ask for."""
     return hold_out(count, 0.0 if options.folds > 1 else options.holdout, options.seed)
 
 
@@ -208,7 +209,7 @@ def save_run(
     detector: Detector, data: Dataset, options: FitOptions, fitted: dict[str, Any], folder: Path, command: str | None
 ) -> dict[str, Any]:
     """Write the run folder of a fitted detector; return the summary that stands in its ``fit.json``."""
-    _, held = _split(len(data.train), options)
+    _, held = split(len(data.train), options)
     calibrated = data.train if options.folds > 1 else Chosen(data.train, held)
     detector.provenance |= {
         "data": data.name,
@@ -257,7 +258,7 @@ def fit_detector(
         InputError: fewer than 2 images to fit on.
     """
     began = time.perf_counter()
-    chosen, held = _split(len(train), options)
+    chosen, held = split(len(train), options)
     if len(chosen) < 2:
         raise InputError(
             f"{len(chosen)} good training images, expected at least 2 (better 40 or more)",

@@ -11,8 +11,8 @@ from conftest import TinyBackbone, make_tiny_images
 from PIL import Image
 
 from adflow import methods
+from adflow._system import resident_bytes
 from adflow.data import Sample
-from adflow.methods._memory import resident_bytes
 from adflow.tasks.score import score
 
 from .stage import Count
