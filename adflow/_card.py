@@ -86,6 +86,7 @@ def _slug(licence: str) -> str:
     """Return the hub's short name of a licence, or "other"."""
     known = {
         "CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0",
+        "CC0 1.0": "cc0-1.0",
         "CC BY 4.0": "cc-by-4.0",
         "CC BY-SA 4.0": "cc-by-sa-4.0",
         "Apache-2.0": "apache-2.0",

@@ -60,7 +60,7 @@ COUNTS: dict[str, str] = {
 }
 PRINTED = "printed average"
 MEANING = {
-    "hit": "hit: share of defects whose highest pixel lies on the mask",
+    "hit": "hit: share of defects whose highest pixel lies on the mask, or within 2.3 % of the shorter side of it",
     "false_regions_per_normal": "false regions: per normal image",
     "flagged_share": "flagged: share of normal images with an alarm",
     "missed_share": "missed: share of defective images without one",

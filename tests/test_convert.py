@@ -92,7 +92,7 @@ def test_a_converted_checkpoint_scores_like_its_source(
     method: str, tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, source = (uflow_file if method == "uflow" else cflow_file)(tmp_path, tiny_backbone)
-    what = entry(method, "uflow-lightning" if method == "uflow" else "cflow-ad", flow_steps=2)
+    what = entry("uflow", "uflow-lightning", flow_steps=2) if method == "uflow" else entry("cflow", "cflow-ad")
     file, found = converted(path, what, tmp_path / "runs", tiny_backbone, monkeypatch)
     images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     ours, theirs = found.score(images), source.score(images)
@@ -100,6 +100,17 @@ def test_a_converted_checkpoint_scores_like_its_source(
     torch.testing.assert_close(ours.map, theirs.map, rtol=1e-6, atol=1e-6)
     assert float(theirs.map.std()) > 0
     assert file == tmp_path / "runs" / what.name / "detector.safetensors"
+
+
+def test_parameters_of_the_catalogue_become_the_constructors(
+    tmp_path: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = uflow_file(tmp_path, tiny_backbone)
+    what = entry("uflow", "uflow-lightning", flow_steps=2, epochs=7, batch=3, lr=1e-2)
+    _, found = converted(path, what, tmp_path / "runs", tiny_backbone, monkeypatch)
+    assert (found.epochs, found.batch, found.lr) == (7, 3, 1e-2)
+    with pytest.raises(UsageError, match="unknown setting of uflow 'batch_size'"):
+        convert(path, entry("uflow", "uflow-lightning", batch_size=3), runs=tmp_path, backbone=tiny_backbone)
 
 
 def test_the_run_keeps_the_papers_figures_apart_from_ours(tmp_path: Path, tiny_backbone: Backbone) -> None:

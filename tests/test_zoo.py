@@ -231,3 +231,17 @@ def test_importing_the_catalogue_loads_neither_torch_nor_the_hub() -> None:
     code = f"import sys, adflow.zoo; print([m for m in {heavy} if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_detectors_name_the_parameters_of_their_methods(catalogue: zoo.Zoo) -> None:
+    from adflow import methods
+    from adflow.methods.uflow import PAPER_CLASSES
+
+    for entry in catalogue.detectors.values():
+        cls, class_ = methods.get(entry.method), entry.dataset.partition("/")[2]
+        own = {key: value for key, value in entry.parameters.items() if key not in ("size", "taps")}
+        assert methods.checked(cls, own) == own, entry.name
+        # The same configurations stand in the method's own table, for those who train.
+        assert (own["epochs"], own["batch"], own["lr"]) == PAPER_CLASSES[class_], entry.name
+        recipe = cls.recipe_for("paper", class_)
+        assert entry.parameters["size"] == recipe["size"] and entry.backbone == recipe["backbone"]

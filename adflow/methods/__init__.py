@@ -9,6 +9,7 @@ import ast
 import contextlib
 import math
 import pkgutil
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -91,15 +92,26 @@ def build(
     chosen = cls.recipe_for(recipe, class_)
     recipe_backbone, recipe_taps = chosen.pop("backbone", "lite0"), chosen.pop("taps", None)
     reading: dict[str, Any] = {key: chosen.pop(key) for key in ("size", "keep_aspect") if key in chosen}
-    known, kinds = cls.parameters_of(), _kinds(cls)
-    for key, value in (settings or {}).items():
-        if key not in known:
-            raise unknown(f"setting of {name}", key, known)
-        chosen[key] = _typed(key, value, known[key], kinds.get(key, Any if known[key] is None else type(known[key])))
+    chosen |= checked(cls, settings or {})
     if taps is None and backbone in (None, recipe_backbone):
         taps = recipe_taps
     net = make_backbone(backbone or recipe_backbone, taps=taps, weights=weights)
     return cls(net, **chosen), reading
+
+
+def checked(cls: type[Detector], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``settings``, read from text or YAML, as the types of the constructor's parameters.
+
+    Raises:
+        UsageError: an unknown name, or a value of another type.
+    """
+    known, kinds = cls.parameters_of(), _kinds(cls)
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key not in known:
+            raise unknown(f"setting of {cls.method()}", key, known)
+        found[key] = _typed(key, value, known[key], kinds.get(key, Any if known[key] is None else type(known[key])))
+    return found
 
 
 def _kinds(cls: type[Detector]) -> dict[str, Any]:

@@ -139,6 +139,12 @@ def _taps(entry: DetectorEntry) -> tuple[str, ...] | None:
     return recipe.get("taps") if recipe.get("backbone", "lite0") == entry.backbone else None
 
 
+def _settings(entry: DetectorEntry) -> dict[str, Any]:
+    """Return the constructor's parameters that the entry names; the others are the paper recipe's."""
+    own = {key: value for key, value in entry.parameters.items() if key not in ("size", "taps")}
+    return methods.checked(methods.get(entry.method), own)
+
+
 def _prepared(
     method: str, net: Backbone, class_: str | None, size: tuple[int, int], settings: Mapping[str, Any]
 ) -> FeatureDetector:
@@ -174,7 +180,7 @@ def _uflow(
     checkpoint: Mapping[str, Any], entry: DetectorEntry, net: Backbone, class_: str | None, size: tuple[int, int]
 ) -> tuple[FeatureDetector, list[str]]:
     state = _tensors(checkpoint.get("state_dict"), "state_dict")
-    settings: dict[str, Any] = {key: entry.parameters[key] for key in ("flow_steps",) if key in entry.parameters}
+    settings = _settings(entry)
     if any(".feature_normalizations." in key for key in state):
         settings["norm"] = "affine"
     detector: Any = _prepared("uflow", net, class_, size, settings)
@@ -202,7 +208,7 @@ def _cflow(
         raise InputError("the checkpoint's decoders are no FrEIA chains of equally many blocks (module_list.*)")
     first = decoders[0]["module_list.0.subnet.0.weight"]
     half = decoders[0]["module_list.0.global_offset"].numel()
-    settings = {
+    settings = _settings(entry) | {
         "blocks": blocks.pop(),
         "position": int(first.shape[1] - (half - half // 2)),
         "normaliser": "none",

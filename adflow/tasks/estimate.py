@@ -64,7 +64,8 @@ def estimate(data: Dataset, options: FitOptions, *, start: float = 0.0) -> dict[
     few = Chosen(data.train, np.linspace(0, len(data.train) - 1, min(_IMAGES, len(data.train))).round().astype(int))
     if len(few) < 4:
         raise InputError(
-            f"{len(few)} training images, expected at least 4 to estimate from", hint="Fit at once: so few take seconds."
+            f"{len(few)} training images, expected at least 4 to estimate from",
+            hint="Fit at once: so few take seconds.",
         )
     detector.to(device)
     images = Images(few, size, keep_aspect=keep_aspect, strict=options.strict)
