@@ -35,6 +35,7 @@ from adflow.zoo import File, Source
 _Norm = tuple[tuple[float, ...], tuple[float, ...]]
 IMAGENET: _Norm = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of RGB in [0, 1]
 HALF: _Norm = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+PRECISIONS = ("float32", "bf16")
 
 
 class Backbone(nn.Module):
@@ -102,8 +103,8 @@ class Backbone(nn.Module):
         Raises:
             UsageError: another precision.
         """
-        if precision not in ("float32", "bf16"):
-            raise unknown("precision", precision, ["float32", "bf16"])
+        if precision not in PRECISIONS:
+            raise unknown("precision", precision, PRECISIONS)
         if precision == "bf16" and self.net_bf16 is None:
             self.net_bf16 = _nets.rounded(self.net)
         self.precision = precision

@@ -43,6 +43,8 @@ _HIGHEST_OUTLINE = 2.0
 _SPARE = 10
 # The promises whose realised values `health` reports.
 _WISHES = (0.1, 0.3, 1.0)
+# Fewer incoming images cannot tell a shift from one defect.
+DRIFT_IMAGES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,21 +329,22 @@ class Calibration:
             **self.exchangeability(fit_scores),
         }
 
-    def drift(self, image_scores: Array) -> dict[str, Any]:
-        """Compare incoming image scores with those of the held-out good images.
+    def drift(self, image_scores: Array) -> dict[str, Any] | None:
+        """Compare incoming image scores with those of the held-out good images; None below ``DRIFT_IMAGES`` of them.
 
         Returns:
             "images"; "auc": P(incoming score > held-out score), 0.5 = alike; "p_value" of the two-sided rank
             test (Mann-Whitney); "below_median": share of incoming scores below the held-out median, 0.5 =
             alike;
-            "warning": a sentence when p < 0.01 and the AUC is off by more than 0.15 over at least 8 images,
-                else
-            None. Many defective images look like a shift: judge the warning on images that should be good.
+            "warning": a sentence when p < 0.01 and the AUC is off by more than 0.15, else None.
+            Many defective images look like a shift: judge the warning on images that should be good.
         """
         incoming = np.asarray(image_scores, dtype=np.float64)
+        if len(incoming) < DRIFT_IMAGES:
+            return None
         auc, p_value = _rank_test(incoming, self.scores)
         warning = None
-        if len(incoming) >= 8 and p_value < 0.01 and abs(auc - 0.5) > 0.15:
+        if p_value < 0.01 and abs(auc - 0.5) > 0.15:
             side = "higher" if auc > 0.5 else "lower"
             consequence = "more false alarms than promised" if auc > 0.5 else "fewer detections than possible"
             warning = (
@@ -352,7 +355,7 @@ class Calibration:
             "images": len(incoming),
             "auc": auc,
             "p_value": p_value,
-            "below_median": float((incoming < np.median(self.scores)).mean()) if len(incoming) else 0.5,
+            "below_median": float((incoming < np.median(self.scores)).mean()),
             "warning": warning,
         }
 

@@ -11,11 +11,12 @@ from typing import Any
 from rich.console import Group
 
 from adflow import published
+from adflow.backbones import PRECISIONS
 from adflow.cli._console import Talk
 from adflow.cli._inputs import open_strided
 from adflow.comparison import compare
 from adflow.data import Dataset
-from adflow.errors import GateError, PartialError, UsageError
+from adflow.errors import GateError, PartialError, UsageError, unknown
 from adflow.report import METRICS, Gridded
 from adflow.runs import find_detector, run_for, runs_folder
 from adflow.tasks._cells import Job, Measuring, plan_fits, plan_model, read_cells, unique
@@ -133,8 +134,8 @@ def fits(
 
 def models(found: Sequence[Dataset], model: str | None, measuring: Measuring, where: Where, talk: Talk) -> list[Job]:
     """Return the cells of fitted detectors: the one that is named, else the last one of each class."""
-    if where.precision not in ("float32", "bf16"):
-        raise UsageError(f"unknown precision '{where.precision}', expected float32 or bf16")
+    if where.precision not in PRECISIONS:
+        raise unknown("precision", where.precision, PRECISIONS)
     jobs = []
     for one in found:
         path = find_detector(model or run_for(one.name, where.runs), where.runs)
@@ -271,11 +272,8 @@ def stacked(parts: Sequence[Any]) -> Group:
 def worse(found: Sequence[Differences]) -> list[str]:
     """Return one sentence for every regression."""
     return [
-        f"{line.metric} of {line.dataset}/{line.class_}, {line.run}, fell from {line.other:.4f} to {line.ours:.4f}"
-        f" (p = {line.p_value:.2g})"
-        if line.ours < line.other
-        else f"{line.metric} of {line.dataset}/{line.class_}, {line.run}, rose from {line.other:.4f} to {line.ours:.4f}"
-        f" (p = {line.p_value:.2g})"
+        f"{line.metric} of {line.dataset}/{line.class_}, {line.run}, {'fell' if line.ours < line.other else 'rose'} from "
+        f"{line.other:.4f} to {line.ours:.4f} (p = {line.p_value:.2g})"
         for one in found
         for line in one.regressions()
     ]

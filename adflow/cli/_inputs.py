@@ -9,7 +9,7 @@ from adflow._video import SUFFIXES, count, frame
 from adflow.cli._console import Talk
 from adflow.data import Dataset, Sample, list_images, open_data
 from adflow.detector import Detector
-from adflow.errors import InputError, UsageError
+from adflow.errors import InputError
 from adflow.imaging import IMAGE_SUFFIXES
 from adflow.runs import find_detector
 
@@ -36,9 +36,10 @@ def gather(paths: list[str], root: Path | None, split: str = "test", stride: int
             parts = [data.test if split == "test" else data.train for data in open_data(text, root=root)]
             samples = [part[i] for part in parts for i in range(0, len(part), stride)]
         else:
-            raise InputError(f"there is no file or folder {text}")
+            raise InputError(f"there is no file or folder {text}", hint="Name images, a folder of them, or a data set.")
         if not samples:
-            raise InputError(f"there is no image in {text}")
+            hint = "Images end in .png, .jpg, .tif, .bmp, .webp and the like."
+            raise InputError(f"there is no image in {text}", hint=hint)
         found.update((sample.image, sample) for sample in samples)
     return list(found.values())
 
@@ -67,17 +68,13 @@ def open_detector(
 ) -> tuple[Detector, Path]:
     """Load the detector that ``--model`` means; say which one when the user named none."""
     from adflow.detector_file import load_detector
-    from adflow.tasks._device import choose_device, has_bf16
+    from adflow.tasks._device import choose_device, set_precision
 
     path = find_detector(model, runs)
     if model is None:
         talk.say(f"model: {path.parent.name} (the run fitted last; choose with --model)")
-    if precision not in ("float32", "bf16"):
-        raise UsageError(f"unknown precision '{precision}', expected float32 or bf16")
     detector = load_detector(path, device=choose_device(device), weights=weights)
-    if precision == "bf16":
-        if has_bf16(detector.device()):
-            detector.backbone.to_precision("bf16")
-        else:
-            talk.say("this processor has no bfloat16 arithmetic: float32 is used, which is faster here")
+    note = set_precision(detector, precision)
+    if note:
+        talk.say(note)
     return detector, path

@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adflow._clock import stage
 from adflow.detector import FeatureDetector, ImageSource, Progress, Resources, Scores, _TensorImages
 from adflow.errors import InputError, UsageError, unknown
 from adflow.features import FeatureBank
@@ -296,7 +297,8 @@ class CutPaste(FeatureDetector):
     def _score(self, images: Tensor, boxes: Sequence[Box] | None) -> Scores:
         pyramid = (self.backbone if self.net is None else self.net)(images)
         maps = self.score_maps(pyramid, (images.shape[2], images.shape[3]))
-        return Scores(maps, self.score_images(pyramid, maps, boxes))
+        with stage("image score"):
+            return Scores(maps, self.score_images(pyramid, maps, boxes))
 
 
 class _Changed:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adflow._clock import stage
 from adflow._system import resident_bytes
 from adflow.detector import FeatureDetector, ImageSource, Progress, Resources, Scores, reduce_map
 from adflow.errors import UsageError
@@ -306,7 +307,8 @@ class PatchCore(FeatureDetector):
         size = (images.shape[2], images.shape[3])
         vectors, squared, index = self._nearest(self.backbone(images))
         maps = upsample(squared if self.squared else squared.sqrt(), size, self.sigma(size))
-        return Scores(maps, self._patch_scores(vectors, squared, index, boxes))
+        with stage("image score"):
+            return Scores(maps, self._patch_scores(vectors, squared, index, boxes))
 
     def _patch_scores(self, vectors: Tensor, squared: Tensor, index: Tensor, boxes: Sequence[Box] | None) -> Tensor:
         """Return the score of each image's highest patch [B], re-weighted when ``neighbours`` is set."""

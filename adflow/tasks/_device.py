@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from adflow.detector import Detector
 from adflow.errors import UnavailableError, UsageError
 
 
@@ -41,3 +42,17 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False
+
+
+def set_precision(detector: Detector, name: str) -> str | None:
+    """Let a detector's backbone compute in ``name``, "float32" or "bf16"; return what the user should know of it.
+
+    Raises:
+        UsageError: another precision.
+        InputError: the detector is a bundle, which has its own.
+    """
+    if name == "bf16" and not has_bf16(detector.device()):
+        return "this processor has no bfloat16 arithmetic: float32 is used, which is faster here"
+    if name != "float32":
+        detector.backbone.to_precision(name)
+    return None

@@ -24,7 +24,6 @@ from adflow.pipeline import Scored, default_workers, run
 # Images flagged by chance when the user names no rate: the smallest of these that the held-out images can carry.
 DEFAULT_RATES = (0.01, 0.05, 0.1)
 
-DRIFT_IMAGES = 8  # fewer say nothing about a shift
 _ROWS = 4096  # of a table that are written together
 
 
@@ -107,7 +106,6 @@ def score(
             done += 1
             if progress:
                 progress(done, len(samples), "scoring")
-    known = detector.calibration if len(values) >= DRIFT_IMAGES else None
     profile = {
         "images": done,
         "workers": workers or default_workers(),
@@ -117,7 +115,7 @@ def score(
     return {
         "rows": [row for _, _, row in (rows if keep is None else sorted(rows, reverse=True))],
         "rate": limit,
-        "drift": None if known is None else known.drift(np.array(values)),
+        "drift": None if detector.calibration is None else detector.calibration.drift(np.array(values)),
         "profile": profile,
         "failed": failed,
         "flagged": flagged,

@@ -130,7 +130,7 @@ def segment(
             "promise": point.promise,
             "observed": point.observed,
         },
-        "drift": calibration.drift(np.array(scores)) if calibration is not None and scores else None,
+        "drift": None if calibration is None else calibration.drift(np.array(scores)),
         "skipped": [row["image"] for row in images if row["error"] is not None],
     }
 
