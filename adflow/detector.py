@@ -179,7 +179,7 @@ class Detector(nn.Module, ABC):
         Besides constructor parameters a recipe may hold "backbone", "taps", "size" and "keep_aspect".
         """
         if recipe not in cls.recipes:
-            raise unknown(f"recipe of {cls.method()}", recipe, cls.recipes)
+            raise unknown(f"recipe of {cls.method()}", recipe, set(cls.recipes) - {"tiny"})  # that one is for tests
         return dict(cls.recipes[recipe])
 
     def params(self) -> dict[str, Any]:

@@ -272,8 +272,8 @@ def stacked(parts: Sequence[Any]) -> Group:
 def worse(found: Sequence[Differences]) -> list[str]:
     """Return one sentence for every regression."""
     return [
-        f"{line.metric} of {line.dataset}/{line.class_}, {line.run}, {'fell' if line.ours < line.other else 'rose'} from "
-        f"{line.other:.4f} to {line.ours:.4f} (p = {line.p_value:.2g})"
+        f"{line.metric} of {line.dataset}/{line.class_}, {line.run}, {'fell' if line.ours < line.other else 'rose'} "
+        f"from {line.other:.4f} to {line.ours:.4f} (p = {line.p_value:.2g})"
         for one in found
         for line in one.regressions()
     ]

@@ -22,7 +22,9 @@ Model = Annotated[
     typer.Option("--model", help="Detector file, run name or bundle; default: the last run.", show_default=False),
 ]
 Method = Annotated[str, typer.Option("--method", "-m", help="Method; `adflow list methods` shows them.")]
-Recipe = Annotated[str, typer.Option(help="fast: best quality per CPU second; paper: the paper's constants.")]
+Recipe = Annotated[
+    str, typer.Option(help="fast: best quality per CPU second; paper: the paper's; more: `adflow list methods`.")
+]
 BackboneName = Annotated[
     str | None, typer.Option("--backbone", "-b", help="Default: the recipe's, else lite0.", show_default=False)
 ]

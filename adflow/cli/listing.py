@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -36,12 +37,18 @@ def list_(
         "datasets": lambda: _zoo(zoo_file, "datasets"),
         "detectors": lambda: _detectors(runs),
     }
-    found = {part: makers[part]() for part in parts}
+    found: dict[str, Any] = {part: makers[part]() for part in parts}
+    if what == "datasets":
+        from adflow.data import layouts
+
+        found["layouts"] = layouts()
     if json:
         talk.data(found)
         return
     for part in parts:
         talk.data({}, _table(part, found[part]))
+    if what == "datasets":
+        talk.data({}, _drawn(found["layouts"]))
 
 
 def _methods() -> list[dict[str, Any]]:
@@ -53,16 +60,16 @@ def _methods() -> list[dict[str, Any]]:
 
 def _zoo(extra: Path | None, part: str) -> list[dict[str, Any]]:
     from adflow._store import size_text
+    from adflow.tasks.download import plan
     from adflow.zoo import load
 
     catalogue = load(extra)
     rows = [asdict(entry) for entry in getattr(catalogue, part).values()]
-    if part == "datasets":
-        from adflow.tasks.download import plan
-
-        for row in rows:
-            found = plan(row["name"], catalogue=catalogue)
-            row |= {"size": size_text(found.bytes), "installed": found.here}
+    for row in rows:
+        found = plan(row["name"], catalogue=catalogue)
+        row |= {"size": size_text(found.size), "installed": found.here}
+    if part == "backbones":
+        rows.append({"name": "pixels", "installed": True})  # the image itself: nothing to have
     return rows
 
 
@@ -87,8 +94,8 @@ def _detectors(runs: Path | None) -> list[dict[str, Any]]:
 
 _SHOWN = ("data", "method", "backbone", "recipe", "size", "seed", "images", "held_out")
 _COLUMNS = {
-    "methods": ("name", "year", "learns", "null", "fit_cost", "score_cost", "paper"),
-    "backbones": ("name", "taps", "licence", "offline"),
+    "methods": ("name", "year", "learns", "null", "recipes", "fit_cost", "score_cost", "paper"),
+    "backbones": ("name", "timm", "size", "licence", "installed"),
     "datasets": ("name", "title", "size", "licence", "installed"),
     "detectors": ("name", "data", "method", "backbone", "size", "held_out", "bytes"),
 }
@@ -105,6 +112,12 @@ def _table(part: str, rows: list[dict[str, Any]]) -> Any:
     for row in rows:
         table.add_row(*(Text(_short(row.get(column))) for column in columns))
     return table
+
+
+def _drawn(layouts: dict[str, str]) -> str:
+    """Return the folders of each layout, to be read below the table of data sets."""
+    parts = [f"{name}\n{textwrap.indent(folders, '    ')}" for name, folders in layouts.items()]
+    return "\n".join(["", "layouts: a folder in one of these is read as it is", *parts])
 
 
 def _short(value: Any) -> str:

@@ -1,10 +1,12 @@
 """Data sets: which images there are, what is known of each, and batches of them.
 
-A data set is a folder in one of the layouts of this package. Each layout is a module with three functions::
+A data set is a folder in one of the layouts of this package. Each layout is a module with three functions, whose
+head shows the folders::
 
     matches(folder: Path) -> bool                  # a class folder, or a folder of such
     classes(folder: Path) -> list[str]             # [folder.name] for a class folder
     read(folder: Path, class_: str) -> Dataset
+    prepare(folder: Path, classes: list[str] | None, progress) -> list[str]    # if there: once, after a download
 
 A new module in this package is found without any registration; ``folder`` takes what no other layout
 claims. Labels come from the structure of folders below the one that was named, never from a word somewhere
@@ -17,11 +19,13 @@ import dataclasses
 import hashlib
 import os
 import pkgutil
+import textwrap
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, overload
 
@@ -37,7 +41,7 @@ from adflow.zoo import home
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Chosen", "Dataset", "Frame", "Images", "Sample", "list_images", "open_data"]
+__all__ = ["Chosen", "Dataset", "Frame", "Images", "Sample", "layouts", "list_images", "open_data"]
 
 # Names that the archives of the data sets unpack to.
 _ALIASES = {
@@ -183,6 +187,16 @@ def open_data(spec: str | Path, *, root: Path | None = None) -> list[Dataset]:
 def families() -> list[str]:
     """Return the names of data sets that :func:`open_data` knows, sorted."""
     return sorted(["demo", *(name.replace("_", "-") for name in _layout_names() if name != "folder")])
+
+
+def layouts() -> dict[str, str]:
+    """Return the folders of every layout as the head of its module shows them, by name."""
+    found = {}
+    for name in _layout_names():
+        drawn = (_layout(name).__doc__ or "").partition("::\n\n")[2]
+        lines = takewhile(lambda line: not line or line.startswith(" "), drawn.splitlines())
+        found[name.replace("_", "-")] = textwrap.dedent("\n".join(lines)).strip("\n")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from adflow.errors import InputError
@@ -63,6 +63,13 @@ def folders_in(folder: Path) -> list[str]:
         return []
 
 
+def class_folders(folder: Path, inside: str) -> list[str]:
+    """Return the classes in ``folder``, sorted: the folders that have a folder ``inside``, or itself where it has."""
+    if (folder / inside).is_dir():
+        return [folder.name]
+    return [name for name in folders_in(folder) if (folder / name / inside).is_dir()]
+
+
 def pair_masks(images: list[Path], image_root: Path, mask_root: Path) -> list[Path]:
     """Return the mask of every image, in the order of ``images``.
 
@@ -104,3 +111,17 @@ def pair_masks(images: list[Path], image_root: Path, mask_root: Path) -> list[Pa
             hint="Add the image, or remove the mask.",
         )
     return paired
+
+
+def no_stray_masks(mask_root: Path, image_root: Path, kinds: Collection[str]) -> None:
+    """Check that only kinds of defects that there are have masks.
+
+    Raises:
+        InputError: another has; names its folder.
+    """
+    for stray in folders_in(mask_root):
+        if stray not in kinds and list_images(mask_root / stray):
+            raise InputError(
+                f"there are masks in {show(mask_root / stray)}, but no folder {show(image_root / stray)}",
+                hint="Add the images, or remove the masks.",
+            )

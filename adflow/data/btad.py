@@ -19,11 +19,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from adflow.data import Dataset, Sample
-from adflow.data._scan import folders_in, list_images, pair_masks
+from adflow.data._scan import class_folders, list_images, pair_masks
 from adflow.errors import InputError
 from adflow.imaging import show
 
 CLASSES = ("01", "02", "03")
+_GOOD = "train/ok"  # by which a class is known
 
 
 def matches(folder: Path) -> bool:
@@ -33,9 +34,7 @@ def matches(folder: Path) -> bool:
 
 def classes(folder: Path) -> list[str]:
     """Return the classes in ``folder``, sorted; its own name when it is a class folder."""
-    if _is_class(folder):
-        return [folder.name]
-    return [name for name in folders_in(folder) if _is_class(folder / name)]
+    return class_folders(folder, _GOOD)
 
 
 def read(folder: Path, class_: str) -> Dataset:
@@ -44,11 +43,11 @@ def read(folder: Path, class_: str) -> Dataset:
     Raises:
         InputError: no training image, or a defective image without its mask, or the reverse; names it.
     """
-    own = _is_class(folder)
+    own = (folder / _GOOD).is_dir()
     root = folder if own else folder / class_
-    train = [Sample(path, "train", 0, None, None) for path in list_images(root / "train" / "ok")]
+    train = [Sample(path, "train", 0, None, None) for path in list_images(root / _GOOD)]
     if not train:
-        raise InputError(f"there is no image in {show(root / 'train' / 'ok')}", hint="Put good images there.")
+        raise InputError(f"there is no image in {show(root / _GOOD)}", hint="Put good images there.")
     notes: list[str] = []
     good = list_images(root / "test" / "ok") if (root / "test" / "ok").is_dir() else []
     bad = list_images(root / "test" / "ko") if (root / "test" / "ko").is_dir() else []
@@ -65,7 +64,3 @@ def read(folder: Path, class_: str) -> Dataset:
     official = class_ in CLASSES
     name = f"btad/{class_}" if official else class_ if own else f"{folder.name}/{class_}"
     return Dataset(name, "btad" if official else "folder", class_, root, train, test, notes)
-
-
-def _is_class(folder: Path) -> bool:
-    return (folder / "train" / "ok").is_dir()

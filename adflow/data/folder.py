@@ -17,7 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from adflow.data import Dataset, Sample
-from adflow.data._scan import folders_in, list_images, pair_masks
+from adflow.data._scan import folders_in, list_images, no_stray_masks, pair_masks
 from adflow.errors import InputError
 from adflow.imaging import show
 
@@ -124,12 +124,8 @@ def _read_kinds(folder: Path, truth: Path | None, notes: list[str]) -> list[Samp
         else:
             masks = pair_masks(images, folder / kind, truth if flat else truth / kind)
             bad += [Sample(image, "test", 1, kind, mask) for image, mask in zip(images, masks, strict=True)]
-    for stray in folders_in(truth) if truth and not flat else []:
-        if truth and stray not in kinds and list_images(truth / stray):
-            raise InputError(
-                f"there are masks in {show(truth / stray)}, but no folder {show(folder / stray)}",
-                hint="Add the images, or remove the masks.",
-            )
+    if truth and not flat:
+        no_stray_masks(truth, folder, kinds)
     if bad and truth is None:
         notes.append("no masks: pixel metrics are not available")
     loose = [path for path in list_images(folder) if path.parent == folder]

@@ -16,7 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from adflow.data import Dataset, Sample
-from adflow.data._scan import folders_in, list_images, pair_masks
+from adflow.data._scan import class_folders, folders_in, list_images, no_stray_masks, pair_masks
 from adflow.errors import InputError
 from adflow.imaging import show
 
@@ -24,6 +24,7 @@ CLASSES = (
     "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut",
     "pill", "screw", "tile", "toothbrush", "transistor", "wood", "zipper",
 )  # fmt: skip
+_GOOD = "train/good"  # by which a class is known
 
 
 def matches(folder: Path) -> bool:
@@ -33,9 +34,7 @@ def matches(folder: Path) -> bool:
 
 def classes(folder: Path) -> list[str]:
     """Return the classes in ``folder``, sorted; its own name when it is a class folder."""
-    if _is_class(folder):
-        return [folder.name]
-    return [name for name in folders_in(folder) if _is_class(folder / name)]
+    return class_folders(folder, _GOOD)
 
 
 def read(folder: Path, class_: str) -> Dataset:
@@ -45,12 +44,12 @@ def read(folder: Path, class_: str) -> Dataset:
         InputError: no training image; or, where there is ground truth, a defective image
             without mask or the reverse.
     """
-    own = _is_class(folder)
+    own = (folder / _GOOD).is_dir()
     root = folder if own else folder / class_
     notes: list[str] = []
-    train = [Sample(path, "train", 0, None, None) for path in list_images(root / "train" / "good")]
+    train = [Sample(path, "train", 0, None, None) for path in list_images(root / _GOOD)]
     if not train:
-        raise InputError(f"there is no image in {show(root / 'train' / 'good')}", hint="Put good images there.")
+        raise InputError(f"there is no image in {show(root / _GOOD)}", hint="Put good images there.")
     others = [name for name in folders_in(root / "train") if name != "good"]
     if others:
         notes.append(f"left out of training: {', '.join(show(f'train/{name}') for name in others)}")
@@ -59,10 +58,6 @@ def read(folder: Path, class_: str) -> Dataset:
     family = "mvtec" if official else "folder"
     name = f"mvtec/{class_}" if official else class_ if own else f"{folder.name}/{class_}"
     return Dataset(name, family, class_, root, train, _read_test(root, notes), notes)
-
-
-def _is_class(folder: Path) -> bool:
-    return (folder / "train" / "good").is_dir()
 
 
 def _read_test(root: Path, notes: list[str]) -> list[Sample]:
@@ -80,13 +75,8 @@ def _read_test(root: Path, notes: list[str]) -> list[Sample]:
             test += [Sample(image, "test", 1, kind, None) for image in images]
     if not truth.is_dir() and any(sample.label for sample in test):
         notes.append("no ground_truth folder: pixel metrics are not available")
-    for kind in folders_in(truth):
-        # Some sets carry empty masks for good images; the label already says what they say.
-        if kind not in kinds and kind != "good" and list_images(truth / kind):
-            raise InputError(
-                f"there are masks in {show(truth / kind)}, but no folder {show(root / 'test' / kind)}",
-                hint="Add the images, or remove the masks.",
-            )
+    # Some sets carry empty masks for good images; the label already says what they say.
+    no_stray_masks(truth, root / "test", [*kinds, "good"])
     if not test:
         notes.append("no test images: it can be fitted on, not evaluated on")
     return test

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,17 @@ class Plan:
     @property
     def bytes(self) -> int | None:
         """Bytes still to fetch; None where one of the files has no known size."""
-        left = [file.bytes for file in self.files if not file.here]
-        return None if any(size is None for size in left) else sum(size or 0 for size in left)
+        return _total([file for file in self.files if not file.here])
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of all files, those that are here included; None likewise."""
+        return _total(self.files)
+
+
+def _total(files: Sequence[Planned]) -> int | None:
+    sizes = [file.bytes for file in files]
+    return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 @dataclass(frozen=True)
@@ -230,7 +240,10 @@ def _download_files(
     for file in files:
         path = source / file.name if source.is_dir() else source
         if not path.is_file() or (source.is_file() and len(files) > 1):
-            raise InputError(f"{name} needs {', '.join(f.name for f in files)}; {path} is not there")
+            raise InputError(
+                f"{name} needs {', '.join(f.name for f in files)}; {path} is not there",
+                hint="Give the file itself, or the folder that holds it, with --from.",
+            )
         _store.adopt(path, file, cache=call.cache, unverified=call.unverified)
         part = _store.partial(file, call.cache)
         try:
@@ -260,7 +273,7 @@ def _download_dataset(
         archive = call.fetch(file)
         origin = file.name
     elif not source.exists():
-        raise InputError(f"there is no file or folder {source}")
+        raise InputError(f"there is no file or folder {source}", hint="Look at what --from says.")
     elif source.is_file():
         archive, file, only = _own_archive(source, entry, class_, call)
     else:
@@ -379,7 +392,8 @@ def _weights(catalogue: zoo.Zoo, entry: BackboneEntry | DetectorEntry) -> list[F
 
 
 def _here(file: File, cache: Path) -> bool:
-    return any(source.package for source in file.sources) or _store.kept(file, cache) is not None
+    packed = any(source.module and find_spec(source.module) for source in file.sources)
+    return packed or _store.kept(file, cache) is not None
 
 
 def _free(folder: Path) -> int:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from adflow import backbones, data, methods
 from adflow.cli._console import image_table
 
 from .conftest import Call, write_part
@@ -117,6 +118,19 @@ def test_list_detectors_and_methods(runs: Path, call: Call) -> None:
     found = call("list", "detectors", "--runs", runs, "--json").json()["detectors"]
     assert [row["method"] for row in found] == ["padim"]
     assert "padim" in call("list", "methods").out
+
+
+def test_list_shows_recipes_backbones_and_layouts(parts: Path, call: Call) -> None:
+    for row in call("list", "methods", "--json").json()["methods"]:
+        assert set(row["recipes"]) == set(methods.get(row["name"]).recipes) - {"tiny"}
+    found = call("list", "backbones", "--json").json()["backbones"]
+    assert {row["name"] for row in found} == set(backbones.names())
+    assert next(row for row in found if row["name"] == "lite0")["size"] == "18.8 MB"
+    shown = call("list", "datasets").out
+    assert "<class>/ground_truth/<defect>/000_mask.png" in shown and "parts/good/*.jpg" in shown
+    assert set(call("list", "datasets", "--json").json()["layouts"]) == {"folder", *data.families()} - {"demo"}
+    failed = call("fit", parts, "-m", "uflow", "--recipe", "quick")
+    assert failed.code == 2 and "Known: fast, paper" in failed.err and "tiny" not in failed.err
 
 
 @pytest.mark.parametrize(
