@@ -13,8 +13,12 @@ import typer
 
 from adflow import cli, methods
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+EXAMPLES = [
+    path.relative_to(ROOT) for path in sorted((ROOT / "adflow").rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")
+]
 
 
 def methods_table() -> str:
@@ -31,9 +35,10 @@ def test_the_table_of_methods_is_up_to_date() -> None:
     assert methods_table() in README
 
 
-@pytest.mark.parametrize("name", ["adflow", "adflow.errors", "adflow.runs", "adflow.cli._options"])
-def test_examples_in_docstrings(name: str) -> None:
-    result = doctest.testmod(importlib.import_module(name))
+@pytest.mark.parametrize("path", EXAMPLES, ids=str)
+def test_examples_in_docstrings(path: Path) -> None:
+    parts = path.with_suffix("").parts
+    result = doctest.testmod(importlib.import_module(".".join(part for part in parts if part != "__init__")))
     assert result.attempted and not result.failed
 
 
