@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import re
@@ -48,6 +49,12 @@ def is_full(path: Path) -> bool:
         return shutil.disk_usage(here).free < 4096
     except OSError:
         return False
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file in hexadecimal; an OSError where it cannot be read."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def make_folder(path: Path) -> Path:

@@ -17,7 +17,7 @@ import shutil
 from importlib import util
 from pathlib import Path
 
-from adflow._files import make_folder, write_error, write_text
+from adflow._files import make_folder, sha256_of, write_error, write_text
 from adflow.errors import InputError, ResourceError, UnavailableError
 from adflow.zoo import File, Source
 
@@ -78,12 +78,6 @@ def keep(part: Path, file: File, sha256: str, source: str, home: Path) -> Path:
     return target
 
 
-def hash_file(path: Path) -> str:
-    """Return the sha256 of ``path`` in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def fault(path: Path, file: File, sha256: str | None) -> tuple[str, str | None]:
     """Compare ``path`` with what is known of ``file``.
 
@@ -93,7 +87,7 @@ def fault(path: Path, file: File, sha256: str | None) -> tuple[str, str | None]:
     size = path.stat().st_size
     if file.bytes is not None and size != file.bytes:
         return "", f"{file.name} has {size} bytes, zoo.yaml says {file.bytes}"
-    found = hash_file(path)
+    found = sha256_of(path)
     if sha256 and found != sha256:
         who = "zoo.yaml" if file.sha256 else "its first download"
         return found, f"sha256 of {file.name} is {found[:16]}…, {who} says {sha256[:16]}…"

@@ -6,7 +6,6 @@ nets), on a model hub, or behind a URL; those come through ``fetch``, which veri
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adflow import zoo
+from adflow._files import sha256_of
 from adflow.errors import InputError, UnavailableError
 from adflow.fetch import fetch
 
@@ -63,8 +63,7 @@ def find_weights(name: str, given: Path | None = None, fallback: zoo.File | None
 def hash_file(path: Path) -> str:
     """Return the sha256 of the bytes of ``path`` in hex; InputError when it cannot be read."""
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise InputError(
             f"cannot read the weight file {path}: {error.strerror}",

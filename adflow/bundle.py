@@ -47,12 +47,6 @@ MODELS = {
 Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 
 
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def model_sha256(folder: Path, kind: str) -> str:
     """Return the sha256 over the files of a bundle's model."""
     total = hashlib.sha256()

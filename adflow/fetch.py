@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from adflow import __version__, _store
-from adflow._files import write_error
+from adflow._files import sha256_of, write_error
 from adflow._lock import lock
 from adflow.errors import UnavailableError
 from adflow.zoo import File, Source, home
@@ -360,7 +360,7 @@ def _from_hub(source: Source, part: Path, sha256: str | None) -> str | None:
             _store.room(part.parent, blob.stat().st_size, source.path or "")
             shutil.copyfile(blob, part)
     wanted = sha256 or promised
-    if wanted and _store.hash_file(part) != wanted:
+    if wanted and sha256_of(part) != wanted:
         blob.unlink(missing_ok=True)  # else the client would hand out the same wrong bytes for ever
     return promised
 

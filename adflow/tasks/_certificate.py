@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from adflow import __version__
+from adflow._files import sha256_of
 from adflow._video import is_frame
-from adflow.bundle import MODELS, Bundle, onnx_session, openvino_model, sha256_of
+from adflow.bundle import MODELS, Bundle, onnx_session, openvino_model
 from adflow.data import Sample
 from adflow.detector import Detector, Progress
 from adflow.errors import GateError, InputError

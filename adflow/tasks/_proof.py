@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adflow._files import sha256_of
 from adflow._video import is_frame
-from adflow.bundle import sha256_of
 from adflow.data import Dataset, Sample, open_data
 from adflow.errors import AdflowError
 

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from adflow import __version__, methods
 from adflow._catalogue import DetectorEntry
-from adflow._files import make_folder, write_text
-from adflow._store import hash_file
+from adflow._files import make_folder, sha256_of, write_text
 from adflow.backbones import Backbone, make_backbone
 from adflow.detector import FeatureDetector, FeatureShapes
 from adflow.detector_file import digest, save_detector
@@ -95,7 +94,7 @@ def convert(
         "data": entry.dataset,
         "recipe": "paper",
         "converted_from": entry.name,
-        "checkpoint_sha256": hash_file(path),
+        "checkpoint_sha256": sha256_of(path),
         "selected_by": entry.selected_by,
         "licence": entry.licence.name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from adflow import _store, fetch, zoo
-from adflow._files import make_folder, replace_folder, tidy, write_error, write_text
+from adflow._files import make_folder, replace_folder, sha256_of, tidy, write_error, write_text
 from adflow._lock import lock
 from adflow._unpack import Unpacked, is_archive, unpack
 from adflow.errors import InputError, UsageError
@@ -250,7 +250,7 @@ def _download_files(
             shutil.copyfile(path, part)
         except OSError as error:
             raise write_error(part, error) from error
-        paths.append(_store.keep(part, file, _store.hash_file(part), str(path), call.cache))
+        paths.append(_store.keep(part, file, sha256_of(part), str(path), call.cache))
     return Downloaded(name, paths, already=False)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from adflow import zoo
 from adflow._card import _METRICS, model_card
-from adflow._files import atomic_write, is_full, make_folder, replace_folder, write_error
+from adflow._files import atomic_write, is_full, make_folder, replace_folder, sha256_of, write_error
 from adflow._lock import claim
 from adflow.bundle import (
     CALIBRATION,
@@ -27,7 +27,6 @@ from adflow.bundle import (
     load_bundle,
     model_sha256,
     need,
-    sha256_of,
 )
 from adflow.data import Sample
 from adflow.detector import Detector, Progress

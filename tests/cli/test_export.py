@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 from adflow import fetch
-from adflow.bundle import load_bundle, open_model, sha256_of
+from adflow._files import sha256_of
+from adflow.bundle import load_bundle, open_model
 from adflow.data import Sample
 from adflow.detector_file import load_detector, read_header
 from adflow.imaging import fit_to
