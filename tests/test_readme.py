@@ -16,9 +16,8 @@ from adflow import cli, methods
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-EXAMPLES = [
-    path.relative_to(ROOT) for path in sorted((ROOT / "adflow").rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")
-]
+SOURCES = sorted((ROOT / "adflow").rglob("*.py"))
+EXAMPLES = [path.relative_to(ROOT) for path in SOURCES if ">>> " in path.read_text(encoding="utf-8")]
 
 
 def methods_table() -> str:

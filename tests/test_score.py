@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import TinyBackbone, make_tiny_images
 
@@ -76,3 +77,22 @@ def test_an_error_leaves_the_files_of_before(detector: Detector, tmp_path: Path)
         scoring.score(detector, [], through=breaks, out=tmp_path)
     assert (tmp_path / "scores.csv").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.csv", "scores.jsonl"]
+
+
+@pytest.mark.parametrize("count", [4, 8, 9, 40])
+def test_the_level_is_where_p_values_fall_to_the_rate(
+    count: int, detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(count)
+    held = np.round(rng.normal(size=count), 1)  # with ties
+    calibration = Calibration.from_maps(rng.normal(size=(count, 8, 8)).astype(np.float32), held)
+    monkeypatch.setattr(detector, "calibration", calibration)
+    sample = Sample(Path("a.png"), "test", None, None, None)
+    tried = np.concatenate([held, np.nextafter(held, np.inf), np.nextafter(held, -np.inf), [-9.0, 9.0]])
+    # A k-th of n + 1 is where floor and rounding can be off by one.
+    for rate in (*(k / (count + 1) for k in range(1, count + 2)), 0.3, 0.5):
+        level = scoring.image_level(calibration, rate)
+        expected = [(1 + int((held >= one).sum())) * (1 - 1e-9) <= rate * (count + 1) for one in tried]
+        assert ((tried > level) == expected).all(), rate
+        rows = [scoring.row_of(Scored(sample, image=float(one)), detector, rate) for one in tried]
+        assert [row["verdict"] == "defect" for row in rows] == expected, rate

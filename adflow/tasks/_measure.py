@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 
 from adflow import metrics
-from adflow.calibration import Calibration, plain_regions
 from adflow.data import Chosen, Dataset, Sample
 from adflow.detector import Detector, Progress
 from adflow.errors import InputError
 from adflow.imaging import fitted, mask_to, read_mask
 from adflow.pipeline import Scored, run
 from adflow.tasks._pixels import CURVE_POINTS, Exact, Streamed
-from adflow.tasks._point import OperatingPoint
-from adflow.tasks.score import verdict_rate
+from adflow.tasks._point import OperatingPoint, regions_at
+from adflow.tasks.score import image_level, verdict_rate
 
 MAP_MEMORY = 2 << 30
 # Per pixel: map (float32) and mask while they are collected, one sorted copy, and half a byte for the few positives.
@@ -145,7 +144,8 @@ def evaluate_detector(
     elapsed = time.perf_counter() - began
     good = [record for record in records if record["error"] is None]
     if not good:
-        raise InputError(f"none of the {len(records)} test images of {data.name} could be read")
+        first = records[0]["error"]
+        raise InputError(f"none of the {len(records)} test images of {data.name} could be read; the first: {first}")
     found = _rows(detector, data, pixels, records, point)
     found.cost = {"ms_per_image": 1e3 * elapsed / len(records)}
     found.cost |= {f"{stage}_ms": 1e3 * took / len(good) for stage, took in seconds.items()}
@@ -174,22 +174,13 @@ class _Look:
         if truth.any():
             seen.hit = metrics.hit_rate([scored.map], [truth], self.tolerance, getattr(self.detector, "margin", 0.0))
         if self.point is not None:
-            predicted, regions = find(self.detector.calibration, scored.map, self.point.threshold)
+            predicted, regions = regions_at(self.detector, scored.map, self.point)
             seen.intersection = int(np.count_nonzero(predicted & truth))
             seen.union = int(np.count_nonzero(predicted | truth))
-            seen.regions = regions
+            seen.regions = len(regions)
         if self.after is not None:
             self.after(scored)
         return seen
-
-
-def find(calibration: Calibration | None, score_map: np.ndarray, threshold: float) -> tuple[np.ndarray, int]:
-    """Return the mask of what lies above the threshold, and the number of its regions."""
-    if calibration is None:
-        mask, regions = plain_regions(score_map, threshold)
-    else:
-        mask, regions = calibration.segment(score_map, threshold)
-    return mask, len(regions)
 
 
 def truth_of(sample: Sample, shape: tuple[int, ...], size: tuple[int, int], keep_aspect: bool) -> np.ndarray:
@@ -211,10 +202,7 @@ def image_threshold(detector: Detector, point: OperatingPoint | None) -> tuple[f
         return None, None
     rate = verdict_rate(detector, point.value if point is not None and point.kind == "flag-rate" else None)
     assert rate is not None
-    # p = (1 + held-out scores as high) / (n + 1) <= rate: at most so many of them may be as high.
-    allowed = math.floor(rate * (calibration.n + 1) * (1 + 1e-9)) - 1
-    descending = np.sort(calibration.scores)[::-1]
-    level = float(np.nextafter(descending[min(max(allowed, 0), calibration.n - 1)], np.inf))
+    level = float(np.nextafter(image_level(calibration, rate), np.inf))
     return level, f"at most {100 * rate:.3g} % of good images are stopped, on average"
 
 

@@ -17,8 +17,8 @@ from adflow.overlays import Scale, write_overlay
 from adflow.pipeline import Scored, run
 from adflow.report import ImageRecord, worst
 from adflow.tasks._cells import Measuring
-from adflow.tasks._measure import Evaluation, find, image_threshold
-from adflow.tasks._point import OperatingPoint
+from adflow.tasks._measure import Evaluation, image_threshold
+from adflow.tasks._point import OperatingPoint, regions_at
 from adflow.tasks.segment import output_names, overlay_scale
 
 SUFFIX = ".jpg"  # an eighth of a PNG's bytes; these are for people
@@ -62,7 +62,7 @@ class Drawer:
         verdict: Verdict | None = None
         score = self.scale.label(float(scored.map.max()))
         if self.point is not None:
-            small, regions = find(self.detector.calibration, scored.map, self.point.threshold)
+            small, regions = regions_at(self.detector, scored.map, self.point)
             mask = restore(small.astype(np.float32), box, scored.original) >= 0.5
             verdict = "defect" if regions else "good"
         if self.level is not None:

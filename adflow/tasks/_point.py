@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from adflow._regions import Region, plain_regions
 from adflow.detector import Detector
 from adflow.errors import InputError, UsageError
 
@@ -99,3 +102,12 @@ def gaussian_point(nfa: float | None) -> OperatingPoint:
         "take it as an order of magnitude."
     )
     return OperatingPoint("gaussian", eps, -math.log10(eps), promise)
+
+
+def regions_at(detector: Detector, score_map: np.ndarray, point: OperatingPoint) -> tuple[np.ndarray, list[Region]]:
+    """Return the mask [h, w] bool of what ``point`` marks on a score map, and its regions, the strongest first."""
+    if point.kind == "gaussian":
+        return plain_regions(score_map, point.threshold, log10_nfa=np.negative)
+    if detector.calibration is None:
+        return plain_regions(score_map, point.threshold)
+    return detector.calibration.segment(score_map, point.threshold)

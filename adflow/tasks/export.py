@@ -39,7 +39,7 @@ from adflow.runs import runs_folder
 from adflow.tasks._certificate import certify
 from adflow.tasks._point import operating_point
 from adflow.tasks._program import OPSETS, Form, Thresholds, write_program
-from adflow.tasks.score import verdict_rate
+from adflow.tasks.score import image_level, verdict_rate
 
 FORMATS = tuple(MODELS)
 # Packages beyond adflow's own, and the extra of the same name.
@@ -190,9 +190,7 @@ def thresholds_of(detector: Detector) -> tuple[Thresholds, dict[str, Any]]:
     rate = verdict_rate(detector, None)
     if calibration is None or rate is None:
         return Thresholds(), {"image": None, "pixel": None, "promise": "not calibrated: scores and maps only"}
-    # p = (1 + #{held >= s}) / (n + 1) <= rate exactly where s is above the k-th highest held-out score.
-    k = math.floor(rate * (1 + 1e-9) * (calibration.n + 1)) - 1
-    image = float(np.sort(calibration.scores)[::-1][min(max(k, 0), calibration.n - 1)])
+    image = image_level(calibration, rate)
     try:
         point = operating_point(detector)
         pixel, promise = point.threshold, point.promise

@@ -17,6 +17,7 @@ import pandas as pd
 
 from adflow._files import atomic_write, make_folder
 from adflow._grid import frame_to_csv
+from adflow.calibration import Calibration
 from adflow.data import Sample
 from adflow.detector import Detector, Progress
 from adflow.pipeline import Scored, default_workers, run
@@ -25,6 +26,7 @@ from adflow.pipeline import Scored, default_workers, run
 DEFAULT_RATES = (0.01, 0.05, 0.1)
 
 _ROWS = 4096  # of a table that are written together
+_ROOM = 1 + 1e-9  # rates such as 1/9 are not exact in binary
 
 
 def verdict_rate(detector: Detector, rate: float | None) -> float | None:
@@ -40,6 +42,17 @@ def verdict_rate(detector: Detector, rate: float | None) -> float | None:
         return rate
     reachable = [r for r in DEFAULT_RATES if detector.calibration.n + 1 >= 1 / r]
     return reachable[0] if reachable else 1 / (detector.calibration.n + 1)
+
+
+def image_level(calibration: Calibration, rate: float) -> float:
+    """Return the score above which, and only there, an image has a p-value of at most ``rate`` and is called defective.
+
+    p = (1 + held-out scores at least as high) / (n + 1): so many of them may be as high, the next one is the level.
+    """
+    allowed = math.floor(rate * _ROOM * (calibration.n + 1)) - 1
+    if allowed >= calibration.n:
+        return -math.inf
+    return float(np.sort(calibration.scores)[::-1][max(allowed, 0)])
 
 
 def score(
@@ -135,8 +148,7 @@ def row_of(scored: Scored, detector: Detector, limit: float | None) -> dict[str,
         row["score"] = None
     elif detector.calibration is not None and limit is not None:
         p_value = float(detector.calibration.p_value(np.array([scored.image]))[0])
-        # A hair of room: rates such as 1/9 are not exact in binary.
-        row |= {"p_value": p_value, "verdict": "defect" if p_value <= limit * (1 + 1e-9) else "good"}
+        row |= {"p_value": p_value, "verdict": "defect" if p_value <= limit * _ROOM else "good"}
     return row
 
 

@@ -14,13 +14,12 @@ from PIL import Image
 
 from adflow import __version__
 from adflow._files import atomic_write, encoded, make_folder, write_text
-from adflow.calibration import plain_regions
 from adflow.data import Sample
 from adflow.detector import Detector, Progress
 from adflow.imaging import Box, read_mask, restore
 from adflow.overlays import Scale, overlay
 from adflow.pipeline import Scored, run
-from adflow.tasks._point import OperatingPoint
+from adflow.tasks._point import OperatingPoint, regions_at
 from adflow.tasks.score import written
 
 
@@ -141,12 +140,7 @@ def find_regions(
     """Return the regions of one scored image and its mask [H, W] bool, both at the original size."""
     original = scored.original
     box = Box(0, 0, *scored.map.shape)
-    if point.kind == "gaussian":
-        small, found = plain_regions(scored.map, point.threshold, log10_nfa=np.negative)
-    elif detector.calibration is None:
-        small, found = plain_regions(scored.map, point.threshold)
-    else:
-        small, found = detector.calibration.segment(scored.map, point.threshold)
+    small, found = regions_at(detector, scored.map, point)
     scale_y, scale_x = original[0] / scored.map.shape[0], original[1] / scored.map.shape[1]
     rows: list[dict[str, Any]] = []
     for region in found:
