@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -115,6 +116,11 @@ class Talk:
         finally:
             if live:
                 bar.stop()
+
+
+def command() -> str:
+    """Return what the user typed, as a shell takes it."""
+    return shlex.join(["adflow", *sys.argv[1:]])
 
 
 def image_table(

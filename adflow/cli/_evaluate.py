@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Group
 
 from adflow import published
 from adflow.backbones import PRECISIONS
-from adflow.cli._console import Talk
+from adflow.cli._console import Talk, command
 from adflow.cli._inputs import open_strided
 from adflow.comparison import compare
 from adflow.data import Dataset
@@ -152,13 +151,6 @@ def _model(one: Dataset, path: Path, measuring: Measuring, where: Where) -> Job:
 def runs_of(runs: Path | None) -> Path:
     """Return the folder of runs."""
     return runs_folder(runs)
-
-
-def command() -> str:
-    """Return what the user typed."""
-    import shlex
-
-    return shlex.join(["adflow", *sys.argv[1:]])
 
 
 def compute(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from adflow.cli import _options as o
-from adflow.cli._console import Talk
+from adflow.cli._console import Talk, command
 from adflow.errors import UsageError
 
 _FIT, _MEASURE, _COMPARE, _OUT = "Fit and measure", "What is measured", "Comparison and gates", "Output"
@@ -196,11 +196,11 @@ def evaluate(
     else:
         planned = steps.fits(classes, o.names(method) or (), steps.seed_list(seeds), options, measuring)
     folder = out or steps.runs_of(runs) / folder_name([one.name for one in classes], options, measuring)
-    command = steps.command()
+    typed = command()
     kept = steps.runs_of(runs) if keep else None
     cluster = o.cluster(executor, ray_address, workers, device)
     with claim(folder, "cells", "overlays"):
-        outcome = steps.compute(planned, measuring, folder, jobs, fresh, kept, command, talk, cluster)
+        outcome = steps.compute(planned, measuring, folder, jobs, fresh, kept, typed, talk, cluster)
         if ci:
             for cell, row in steps.rows_of(outcome):
                 row.update(intervals(cell))
@@ -208,7 +208,7 @@ def evaluate(
             steps.beside(one, outcome, classes, measuring, folder, where, talk, jobs) for one in sides
         ]
         facts = {"seeds": seeds if method else None, "set": options.settings or None}
-        found = _publish.provenance(outcome, command, facts)
+        found = _publish.provenance(outcome, typed, facts)
         table = _publish.publish(outcome, found, folder, page=report, beside=beside)
     parts: list[Any] = [table.table(talk.out.width)]
     if ci:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from adflow.cli import _options as o
-from adflow.cli._console import Talk
+from adflow.cli._console import Talk, command
+from adflow.methods import DEFAULT
 
 if TYPE_CHECKING:
     from adflow.data import Dataset
+    from adflow.tasks._ray import Cluster
     from adflow.tasks.fit import FitOptions
 
 
 def fit(
     data: o.Data,
-    method: o.Method = "cflow",
+    method: o.Method = DEFAULT,
     recipe: o.Recipe = "fast",
     backbone: o.BackboneName = None,
     taps: o.Taps = None,
@@ -54,17 +56,11 @@ def fit(
     verbose: o.Verbose = False,
 ) -> None:
     """Learn what good looks like, class by class, and keep some good images back to know the false-alarm rate."""
-    from dataclasses import replace
-
-    from adflow import _ranks
-    from adflow._bytes import parse_bytes
-    from adflow._system import resident_bytes
+    from adflow import _ranks, methods
     from adflow.cli._inputs import open_strided
     from adflow.detector import Resources
     from adflow.errors import PartialError, UsageError
-    from adflow.methods import get
-    from adflow.tasks.fit import FitOptions, fit_on
-    from adflow.tasks.fit import fit as run_fit
+    from adflow.tasks.fit import FitOptions
 
     silent = _ranks.silent()
     talk = Talk(json=json, quiet=quiet or silent, verbose=verbose)
@@ -72,12 +68,8 @@ def fit(
     if out is not None and len(classes) > 1:
         raise UsageError(f"--out takes one class, found {len(classes)}", hint="Use --runs FOLDER for several.")
     chosen = o.settings(settings)
-    memory = parse_bytes(feature_memory)
-    if max_memory is not None:
-        # Libraries alone take half a GiB: features get a quarter of what they leave, the method the rest.
-        memory = min(memory, max(1, (parse_bytes(max_memory) - resident_bytes()) // 4))
-        if "max_memory" in get(method).parameters_of():
-            chosen.setdefault("max_memory", parse_bytes(max_memory))
+    if max_memory is not None and "max_memory" in methods.get(method).parameters_of():
+        chosen.setdefault("max_memory", max_memory)
     options = FitOptions(
         method=method,
         recipe=recipe,
@@ -92,50 +84,23 @@ def fit(
         seed=seed,
         device=device,
         strict=strict,
-        resources=Resources(memory=memory, dtype=feature_dtype, workers=workers),
+        resources=Resources(memory=_feature_bytes(feature_memory, max_memory), dtype=feature_dtype, workers=workers),
     )
     if estimate:
         _estimate(classes, options, talk)
         return
-    command = " ".join(["adflow", *sys.argv[1:]])
     for note in (note for one in classes for note in one.notes):
         talk.detail(note)
     cluster = o.cluster(executor, ray_address, workers, device)
-    # One class: its images are divided. Several: each is a task.
-    spread = options
-    if cluster is not None:
-        resources = replace(options.resources, spread=cluster.bank, workers=cluster.cpus)
-        spread = replace(options, resources=resources)
-
-    def fitted() -> Iterator[dict[str, Any] | Exception]:
-        if cluster is not None and len(classes) > 1:
-            with talk.progress("fit") as progress:
-                found = fit_on(cluster, classes, options, runs=runs, resume=resume, command=command, progress=progress)
-            yield from found
-            return
-        for one in classes:
-            with talk.progress(one.name) as progress:
-                yield run_fit(one, spread, out=out, runs=runs, resume=resume, command=command, progress=progress)
-
     done = []
     failed: list[tuple[str, Exception]] = []
-    for one, summary in zip(classes, fitted(), strict=True):
+    found = _fitted(classes, options, cluster, talk, out=out, runs=runs, resume=resume)
+    for one, summary in zip(classes, found, strict=True):
         if isinstance(summary, Exception):
             failed.append((one.name, summary))
-            continue
-        if silent:
-            continue
-        done.append(summary)
-        for line in summary["skipped"]:
-            talk.warn(f"skipped {line}")
-        talk.say(_sentence(summary))
-        if summary["calibration"] is None:
-            talk.warn("no calibration: the false-alarm rate of this detector is unknown")
-        else:
-            talk.say(_health(summary))
-            for line in summary["calibration"]["warnings"]:
-                talk.warn(line)
-            talk.detail(f"calibration: {summary['calibration']}")
+        elif not silent:
+            done.append(summary)
+            _tell(summary, talk)
     if silent:
         return
     if failed and not done:
@@ -145,6 +110,60 @@ def fit(
         name, error = failed[0]
         raise PartialError(f"{len(failed)} of {len(classes)} classes failed; the first, {name}: {error}")
     talk.next(f"adflow evaluate {data[0]}   |   adflow segment FOLDER --nfa 1")
+
+
+def _feature_bytes(features: str, whole: str | None) -> int:
+    """Return the RAM that features may take: ``features``, and no more than a limit of the ``whole`` leaves them."""
+    from adflow._bytes import parse_bytes
+    from adflow._system import resident_bytes
+
+    memory = parse_bytes(features)
+    # Libraries alone take half a GiB: features get a quarter of what they leave, the method the rest.
+    return memory if whole is None else min(memory, max(1, (parse_bytes(whole) - resident_bytes()) // 4))
+
+
+def _fitted(
+    classes: Sequence[Dataset],
+    options: FitOptions,
+    cluster: Cluster | None,
+    talk: Talk,
+    *,
+    out: Path | None,
+    runs: Path | None,
+    resume: bool,
+) -> Iterator[dict[str, Any] | Exception]:
+    """Fit class by class; yield a summary of each, or what went wrong. On a cluster several are each a task."""
+    from dataclasses import replace
+
+    from adflow.tasks.fit import fit as run_fit
+    from adflow.tasks.fit import fit_on
+
+    typed = command()
+    if cluster is not None and len(classes) > 1:
+        with talk.progress("fit") as progress:
+            found = fit_on(cluster, classes, options, runs=runs, resume=resume, command=typed, progress=progress)
+        yield from found
+        return
+    if cluster is not None:  # the images of the one class are divided
+        resources = replace(options.resources, spread=cluster.bank, workers=cluster.cpus)
+        options = replace(options, resources=resources)
+    for one in classes:
+        with talk.progress(one.name) as progress:
+            yield run_fit(one, options, out=out, runs=runs, resume=resume, command=typed, progress=progress)
+
+
+def _tell(summary: dict[str, Any], talk: Talk) -> None:
+    """Say what a fit gave, and what may be wrong with it."""
+    for line in summary["skipped"]:
+        talk.warn(f"skipped {line}")
+    talk.say(_sentence(summary))
+    if summary["calibration"] is None:
+        talk.warn("no calibration: the false-alarm rate of this detector is unknown")
+        return
+    talk.say(_health(summary))
+    for line in summary["calibration"]["warnings"]:
+        talk.warn(line)
+    talk.detail(f"calibration: {summary['calibration']}")
 
 
 def _estimate(classes: Sequence[Dataset], options: FitOptions, talk: Talk) -> None:

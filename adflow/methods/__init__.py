@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from adflow.detector import Detector
 
 GROUP = "adflow.methods"
+DEFAULT = "cflow"
 # Class attribute of a Detector -> column of `adflow list methods`.
 FACTS = {
     "paper": "paper",

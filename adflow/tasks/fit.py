@@ -32,7 +32,6 @@ from adflow.tasks._device import choose_device
 from adflow.tasks._proof import remember
 from adflow.tasks._ray import Cluster
 
-DEFAULT_METHOD = "cflow"
 DEFAULT_SIZE: Size = (256, 256)
 _MAP_BYTES = 64 << 20  # score maps held at once while calibrating
 PROCESS = 1 << 30  # bytes a process takes with torch, a backbone and a learned method, before features and maps
@@ -59,7 +58,7 @@ class FitOptions:
         resources: memory, feature folder, storage type, checkpoint.
     """
 
-    method: str = DEFAULT_METHOD
+    method: str = methods.DEFAULT
     recipe: str = "fast"
     backbone: str | None = None
     taps: tuple[str, ...] | None = None
