@@ -31,9 +31,10 @@ PICTURE_BYTES = 12_000_000  # of all pictures together, before base64 adds a thi
 PICTURE_SIDE = 720  # px, the longer one
 CURVE_POINTS = 200  # more cannot be seen at the size of the plots
 PRO_LIMIT = 0.3
-CLOSE_FOUND = "Defects found, the closest calls first"
-CLOSE_GOOD = "Good images, the closest calls first"
-UNLABELLED = "Images without a label"
+# Headings of the pictures; the last three where there is no threshold, or no label.
+MISSED, FALSE_ALARMS = "Worst misses", "Worst false alarms"
+FOUND, PASSED = "Defects found, the closest calls first", "Good images, the closest calls first"
+DEFECTS, GOOD, UNLABELLED = "Defects", "Good", "Images without a label"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +87,17 @@ class Cell:
     scores: Mapping[str, str] | None = None
 
 
-def worst(images: Sequence[ImageRecord], threshold: float | None, count: int = 6) -> list[int]:
+def worst(images: Sequence[ImageRecord], count: int = 6) -> list[int]:
     """Return which images are worth a picture: the worst misses and false alarms, then the closest calls.
 
     Args:
         images: every scored image of a cell; pictures are not looked at.
-        threshold: an image is defective when score >= threshold; None: there is no verdict, only extremes.
         count: at most so many defective and so many good images.
 
     Returns:
         Indices: defective images by rising score, then good ones by falling score.
     """
-    del threshold  # The order is the same for every threshold: misses are the defects with the lowest scores.
+    # The order is the same for every threshold: misses are the defects with the lowest scores.
     order = sorted((i for i in range(len(images)) if math.isfinite(images[i].score)), key=lambda i: images[i].score)
     bad = [i for i in order if images[i].label == 1][:count]
     return bad + [i for i in reversed(order) if images[i].label == 0][:count]
@@ -238,8 +238,8 @@ def _curve(
     x, y = (np.asarray(values, dtype=np.float64).ravel() for values in points)
     if x.size < 2 or x.size != y.size or not (np.isfinite(x).all() and np.isfinite(y).all()):
         return None
-    area = float(np.trapezoid(*_cut(x, y, limit)[::-1]) / limit)
     x, y = _cut(x, y, limit)
+    area = float(np.trapezoid(y, x) / limit)
     if x.size > CURVE_POINTS:
         # Equal steps along the curve, not along x: a good detector's curve is all in its first corner.
         path = np.concatenate([[0.0], np.cumsum(np.abs(np.diff(x)) / limit + np.abs(np.diff(y)))])
@@ -266,13 +266,13 @@ def _galleries(cell: Cell, room: int) -> tuple[list[dict[str, Any]], int]:
         if image.picture is not None:
             alarm = image.score >= threshold
             if image.label == 1:
-                name = ("Defects found, the closest calls first" if alarm else "Worst misses") if judged else "Defects"
+                name = (FOUND if alarm else MISSED) if judged else DEFECTS
             elif image.label == 0:
-                name = ("Worst false alarms" if alarm else "Good images, the closest calls first") if judged else "Good"
+                name = (FALSE_ALARMS if alarm else PASSED) if judged else GOOD
             else:
                 name = UNLABELLED
             groups.setdefault(name, []).append(image)
-    order = ["Worst misses", "Worst false alarms", CLOSE_FOUND, CLOSE_GOOD, "Defects", "Good", UNLABELLED]
+    order = [MISSED, FALSE_ALARMS, FOUND, PASSED, DEFECTS, GOOD, UNLABELLED]
     shown, used, left = [], 0, PICTURES_PER_CELL
     for name in order:
         pictures, found = [], groups.get(name, [])

@@ -418,9 +418,9 @@ def test_a_curve_is_cut_and_measured_at_its_limit() -> None:
 
 def test_worst_images() -> None:
     images = [*records(10, 10), ImageRecord("nan", math.nan, 1), ImageRecord("unknown", 3.0)]
-    found = [images[i] for i in worst(images, 7.0, 2)]
+    found = [images[i] for i in worst(images, 2)]
     assert [(image.label, image.score) for image in found] == [(1, 5.5), (1, 6.5), (0, 9.0), (0, 8.0)]
-    assert worst([], None) == []
+    assert worst([]) == []
 
 
 # --- in a browser --------------------------------------------------------------------

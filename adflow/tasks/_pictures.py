@@ -98,7 +98,7 @@ def chosen(found: Evaluation, count: int) -> list[int]:
     records = [
         ImageRecord(r["image"], math.nan if r["score"] is None else r["score"], r["label"]) for r in found.records
     ]
-    return worst(records, found.image_threshold, count)
+    return worst(records, count)
 
 
 def draw(
