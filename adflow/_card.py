@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 # Our metric names, and the type and full name that model cards use.
-_METRICS = {
+METRICS = {
     "image_auroc": ("roc_auc", "image AUROC"),
     "pixel_auroc": ("roc_auc", "pixel AUROC"),
     "aupro": ("aupro", "AUPRO (FPR limit 0.3)"),
@@ -45,8 +45,8 @@ def model_card(
     """
     results = [
         {
-            "type": _METRICS.get(key, (key, key))[0],
-            "name": _METRICS.get(key, (key, key))[1],
+            "type": METRICS.get(key, (key, key))[0],
+            "name": METRICS.get(key, (key, key))[1],
             "value": round(float(value), 4),
         }
         for key, value in measured.items()

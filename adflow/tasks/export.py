@@ -12,22 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from adflow import zoo
-from adflow._card import _METRICS, model_card
+from adflow._card import METRICS, model_card
 from adflow._files import atomic_write, is_full, make_folder, replace_folder, sha256_of, write_error
 from adflow._lock import claim
-from adflow.bundle import (
-    CALIBRATION,
-    CERTIFICATE,
-    FORMAT,
-    LICENCES,
-    METADATA,
-    MODELS,
-    README,
-    load_bundle,
-    model_sha256,
-    need,
-)
+from adflow.bundle import CERTIFICATE, MODELS, load_bundle, need
 from adflow.data import Sample
 from adflow.detector import Detector, Progress
 from adflow.detector_file import digest, load_detector, read_header
@@ -36,6 +24,7 @@ from adflow.features import one_thread
 from adflow.fetch import push_detector
 from adflow.imaging import fit_to, read_image
 from adflow.runs import runs_folder
+from adflow.tasks._about import licence_of, public, write_about
 from adflow.tasks._certificate import certify
 from adflow.tasks._point import operating_point
 from adflow.tasks._program import OPSETS, Form, Thresholds, write_program
@@ -50,75 +39,6 @@ TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-2
 # Of AUROC, a fraction; for 8-bit models.
 MAX_DROP = 0.01
-
-_PREDICT = '''"""python predict.py IMAGE...: one line of JSON an image: score, verdict, marked share of the pixels.
-
-Needs numpy, onnxruntime and pillow only. For 8-bit grey or RGB pictures; `adflow score --model .` reads all kinds and
-gives p-values and regions. Exits with 1 where a picture could not be read.
-"""
-import json
-import sys
-from pathlib import Path
-
-import numpy as np
-import onnxruntime
-from PIL import Image, ImageOps
-
-if len(sys.argv) < 2:
-    sys.exit(__doc__)
-here = Path(__file__).resolve().parent
-about = json.loads((here / "metadata.json").read_text(encoding="utf-8"))
-takes, levels = about["input"], about["thresholds"]
-session = onnxruntime.InferenceSession(str(here / about["model"]), providers=["CPUExecutionProvider"])
-failed = 0
-for name in sys.argv[1:]:
-    try:
-        picture = Image.open(name)
-        if picture.mode not in ("1", "L", "P", "RGB") or "transparency" in picture.info:
-            raise ValueError(f"expected 8-bit grey or RGB without transparency, found mode {picture.mode}")
-        picture = ImageOps.exif_transpose(picture).convert("RGB")
-    except Exception as error:  # Pillow raises many kinds
-        print(f"{name}: left out: {error}", file=sys.stderr)
-        failed = 1
-        continue
-    if not takes["any_size"]:
-        for size in (takes["size"][1], picture.height), takes["size"][::-1]:  # columns first
-            picture = picture.resize(size, Image.Resampling.BILINEAR)
-    pixels = np.asarray(picture)[None]  # [1, H, W, 3]
-    if takes["type"] == "float32":
-        pixels = pixels.astype(np.float32) / 255
-    anomaly_map, score, verdict, mask = session.run(["map", "score", "verdict", "mask"], {"images": pixels})
-    label = about["labels"][int(verdict[0])] if levels["image"] is not None else None
-    print(json.dumps({"image": name, "score": float(score[0]), "verdict": label, "marked": float(mask[0].mean())}))
-sys.exit(failed)
-'''
-
-_README = """\
-# A detector of defects, exported by adflow
-
-Method {method}, fitted on good images of {data}. It takes an RGB image and gives an anomaly map, a score, the verdict
-good or defect, and a mask of what is defective.
-
-{run}    pip install "adflow[{extra}]"
-    adflow score --model . IMAGES         # scores, p-values, verdicts
-    adflow segment --model . IMAGES       # masks and regions
-
-| file | |
-|---|---|
-{files}
-| metadata.json | what the model takes and gives, thresholds, where it comes from |
-| certificate.json | how far it is from the fitted detector, on which images, how fast |
-| LICENCES.txt | terms of the training data and of the backbone's weights |
-
-{promise}
-"""
-_RUN = """\
-    pip install numpy onnxruntime pillow
-    python predict.py IMAGE...            # the least that is needed
-
-or
-
-"""
 
 
 def copy_detector(model: Path, target: Path) -> Path:
@@ -149,25 +69,9 @@ def publish(model: Path, repo: str, *, runs: Path | None = None, private: bool =
         licence=terms["name"],
         licence_note=terms["note"],
         measured=measured(learned, runs),
-        provenance=_public(header["provenance"]) | {"digest": header["digest"]},
+        provenance=public(header["provenance"]) | {"digest": header["digest"]},
     )
     return {"repo": repo, "commit": push_detector(model, repo, card, private=private), "licence": terms}
-
-
-def _public(provenance: dict[str, Any]) -> dict[str, Any]:
-    """Return a provenance without what names folders of the machine it was fitted on."""
-    return {key: value for key, value in provenance.items() if key not in ("command", "held_out_images")}
-
-
-def licence_of(data: str) -> dict[str, str]:
-    """Return name and note of the terms that training data put on what was fitted on them."""
-    entry = zoo.load().datasets.get(data.partition("/")[0])
-    if entry is not None:
-        return {"name": entry.licence.name, "note": entry.licence.note}
-    if data.startswith("demo"):
-        note = "Photographs of textures that scikit-image carries, with defects that adflow draws."
-        return {"name": "CC0 1.0", "note": note}
-    return {"name": "unknown", "note": "The images are in no catalogue: ask their owner before you pass this on."}
 
 
 def measured(learned: str, runs: Path | None) -> dict[str, float]:
@@ -180,7 +84,7 @@ def measured(learned: str, runs: Path | None) -> dict[str, float]:
             continue
         if isinstance(cell, dict) and cell.get("detector") == learned:
             row = cell["row"]
-            return {name: float(row[name]) for name in _METRICS if isinstance(row.get(name), int | float)}
+            return {name: float(row[name]) for name in METRICS if isinstance(row.get(name), int | float)}
     return {}
 
 
@@ -265,7 +169,8 @@ def export_bundle(
             shutil.rmtree(beside, ignore_errors=True)
             make_folder(beside)
             write_program(detector, levels, form, beside, [_as_taken(detector, form, sample) for sample in ranges])
-            _write_about(detector, model, beside, form, about, bool(ranges))
+            extra = form.kind if form.kind in NEEDED else None
+            write_about(detector, model, beside, form, about, bool(ranges), extra)
             with one_thread():
                 certificate = certify(
                     detector,
@@ -319,67 +224,3 @@ def _as_taken(detector: Detector, form: Form, sample: Sample) -> np.ndarray:
     if form.pixels == "uint8":
         inside = np.round(inside * 255).astype(np.uint8)
     return np.ascontiguousarray(inside)
-
-
-def _write_about(
-    detector: Detector, model: Path, folder: Path, form: Form, thresholds: dict[str, Any], int8: bool
-) -> None:
-    header = read_header(model)
-    header["provenance"] = _public(header["provenance"])
-    net = zoo.load().backbones.get(detector.backbone.name)
-    assert detector.size is not None
-    if detector.calibration is not None:
-        np.savez(folder / CALIBRATION, **detector.calibration.tensors())  # type: ignore[arg-type]  # numpy's stub
-    licences = {
-        "training data": licence_of(str(header["provenance"].get("data") or "")),
-        "backbone": None if net is None else {"name": net.licence.name, "note": net.licence.note},
-        "adflow": {"name": "Apache-2.0", "note": "The code of this bundle."},
-    }
-    resize = "Pillow bilinear, columns first, to the size"
-    metadata = {
-        "format": FORMAT,
-        "kind": form.kind,
-        "model": MODELS[form.kind][0],
-        "sha256": model_sha256(folder, form.kind),
-        "input": {
-            "name": "images",
-            "layout": "[B, H, W, 3], RGB",
-            "type": "uint8" if form.pixels == "uint8" else "float32",
-            "range": [0, 255] if form.pixels == "uint8" else [0, 1],
-            "size": list(detector.size),
-            "any_size": form.any_size,
-            "batch": "any" if form.any_batch else 1,
-            "resize": f"inside, as {resize}" if form.any_size else resize,
-            "letterbox": detector.keep_aspect,
-        },
-        "outputs": {
-            "map": "[B, h, w] float32 at the size, higher = more anomalous",
-            "score": "[B] float32, higher = more anomalous",
-            "verdict": "[B] bool: score > thresholds.image",
-            "mask": "[B, h, w] bool: map > thresholds.pixel",
-        },
-        "weights": "8-bit convolutions, float32" if int8 else "16 bits" if form.half else "float32",
-        "labels": ["good", "defect"],
-        "thresholds": thresholds,
-        "licences": licences,
-        "calibration": CALIBRATION if detector.calibration is not None else None,
-        "detector": header,
-    }
-    (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-    terms = (f"{what}: {terms['name']}. {terms['note']}\n" for what, terms in licences.items() if terms)
-    (folder / LICENCES).write_text("".join(terms), encoding="utf-8")
-    files = {name: "the model" for name in MODELS[form.kind]}
-    if detector.calibration is not None:
-        files[CALIBRATION] = "what adflow needs for p-values and regions"
-    if form.kind == "onnx":
-        (folder / "predict.py").write_text(_PREDICT, encoding="utf-8")
-        files["predict.py"] = "runs the model without adflow and torch; an example to start from"
-    text = _README.format(
-        method=header["method"],
-        data=header["provenance"].get("data") or "unknown data",
-        run=_RUN if form.kind == "onnx" else "",
-        extra=form.kind if form.kind in NEEDED else "",
-        files="\n".join(f"| {name} | {what} |" for name, what in files.items()),
-        promise=thresholds["promise"],
-    )
-    (folder / README).write_text(text.replace("[]", ""), encoding="utf-8")

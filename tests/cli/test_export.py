@@ -88,6 +88,7 @@ def test_the_default_proof_is_on_the_held_out_images_and_defective_ones(
 ) -> None:
     done = call("export", "--runs", runs, "-f", "torchscript", "--count", 5, "--out", tmp_path / "x", "--json")
     assert done.code == 0 and "(good images held out in the fit" in " ".join(done.err.split())
+    assert "    pip install adflow\n" in (tmp_path / "x" / "README.md").read_text()
     found = json.loads((tmp_path / "x" / "certificate.json").read_text())
     assert "held out in the fit" in found["source"] and "test images of my parts" in found["source"]
     (source,) = runs.glob("*/detector.safetensors")
@@ -165,7 +166,7 @@ def test_predict_needs_neither_torch_nor_adflow_and_gives_the_verdicts(
     Image.fromarray(np.full((80, 96), 40000, np.uint16)).save(bad[1])
     code = (
         "import sys, runpy; sys.modules.update(torch=None, adflow=None, skimage=None, scipy=None); "
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(copied / "predict.py"), *map(str, bad), *images],
