@@ -83,7 +83,10 @@ def unpack(
                 total = _write(archive, content, folder / name, total, allowed)
                 names.append(name)
                 if len(names) > MEMBERS:
-                    raise InputError(f"{archive} holds more than {MEMBERS} files; refused")
+                    raise InputError(
+                        f"{archive} holds more than {MEMBERS} files; refused",
+                        hint="If you trust it, unpack it yourself and name the folder with --from.",
+                    )
                 if progress is not None:
                     progress(raw.tell(), size, archive.name)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError) as error:

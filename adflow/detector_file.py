@@ -37,6 +37,7 @@ SUFFIX = ".safetensors"
 # Headers are a few kilobytes; one beyond this is not ours, and parsing it could eat the memory of the machine.
 MAX_HEADER = 16 << 20
 MAX_SIDE = 8192  # of an input, in pixels; see imaging.parse_size
+_OTHER = "Another version of adflow wrote it: fit again."
 _FIELDS = {
     "method": str,
     "params": dict,
@@ -134,7 +135,10 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, T
         message = f"{path} is damaged or not a detector: {error}"
         raise DetectorFileError(message, hint="Fit or fetch it again.") from None
     if text is None:
-        raise DetectorFileError(f"{path} is a safetensors file, but not one written by adflow")
+        raise DetectorFileError(
+            f"{path} is a safetensors file, but not one written by adflow",
+            hint="Give a file written by `adflow fit`; `adflow list detectors` shows those found.",
+        )
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -208,7 +212,7 @@ def _build(header: dict[str, Any], tensors: dict[str, Tensor], weights: Path | N
     known = cls.parameters_of()
     foreign = set(header["params"]) - set(known)
     if foreign:
-        raise DetectorFileError(f"unknown parameters {sorted(foreign)} of {header['method']}")
+        raise DetectorFileError(f"unknown parameters {sorted(foreign)} of {header['method']}", hint=_OTHER)
     params = {
         k: tuple(v) if isinstance(known[k], tuple) and isinstance(v, list) else v for k, v in header["params"].items()
     }
@@ -218,9 +222,11 @@ def _build(header: dict[str, Any], tensors: dict[str, Tensor], weights: Path | N
         grids = [_size(grid) for grid in header["shapes"]["grids"]]
         # Before anything is made of these sizes: a wrong one could take all the memory of the machine.
         if header["shapes"]["channels"] != backbone.channels or len(grids) != len(backbone.channels):
-            raise DetectorFileError(f"features have {header['shapes']['channels']} channels, not {backbone.channels}")
+            raise DetectorFileError(
+                f"features have {header['shapes']['channels']} channels, not {backbone.channels}", hint=_OTHER
+            )
         if any(h > height or w > width for h, w in grids):
-            raise DetectorFileError(f"feature grids {grids} are finer than the input {height}x{width}")
+            raise DetectorFileError(f"feature grids {grids} are finer than the input {height}x{width}", hint=_OTHER)
         detector.shapes = FeatureShapes(list(backbone.channels), grids, detector.size)
         with torch.random.fork_rng(devices=[]):
             generator = torch.Generator().manual_seed(0)
@@ -250,7 +256,7 @@ def _set_learned(detector: Detector, tensors: dict[str, Tensor]) -> None:
         missing, extra = sorted(set(places) - set(tensors)), sorted(set(tensors) - set(places))
         raise DetectorFileError(
             f"learned tensors differ from the method's: missing {missing}, unknown {extra}",
-            hint="Another version of adflow wrote it: fit again.",
+            hint=_OTHER,
         )
     buffers = dict(detector.named_buffers())
     for name, value in tensors.items():

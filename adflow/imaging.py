@@ -296,7 +296,8 @@ def _decode(
             if image.width * image.height > max_pixels:
                 raise InputError(
                     f"{show(path)} declares {image.width} x {image.height} pixels, more than the limit of "
-                    f"{max_pixels / 1e6:.0f} megapixels"
+                    f"{max_pixels / 1e6:.0f} megapixels",
+                    hint="Make it smaller first, or cut it into parts.",
                 )
             if at_least is not None:
                 height, width = at_least
