@@ -74,13 +74,12 @@ def certify(
     exported, exported_scores, verdicts, found = (np.stack([pair.export[k] for pair in pairs]) for k in range(4))
     expected = np.stack([pair.inside & (pair.map > np.float32(levels.pixel)) for pair in pairs])
     union = int((expected | found).sum())
-    span = float(maps.max() - maps.min()) or 1.0
     certificate: dict[str, Any] = {
         "images": len(pairs),
         "source": source,
         "images_sha256": [None if is_frame(sample.image) else sha256_of(sample.image) for sample in samples],
         "tolerance": tolerance if max_drop is None else None,
-        "map_range": span,
+        "map_range": float(maps.max() - maps.min()) or 1.0,
         "map_max_difference": float(np.abs(maps - exported).max()),
         "map_mean_difference": float(np.abs(maps - exported).mean()),
         "score_max_difference": float(np.abs(scores - exported_scores).max()),
@@ -89,6 +88,23 @@ def certify(
         "size_max_difference": _other_size(detector, bundle, form, samples[0]) if form.any_size else None,
         "mask_iou": 1.0 if union == 0 else float((expected & found).sum() / union),
         "verdicts_equal": int(((scores > np.float32(levels.image)) == verdicts).sum()),
+        **_facts(bundle, folder, form, pairs),
+    }
+    if max_drop is not None:
+        certificate["accuracy"] = _accuracy(detector, samples, (scores, exported_scores), (maps, exported), max_drop)
+        return certificate
+    # NaN must not pass: it is neither above nor below.
+    equal = all(difference <= tolerance for difference in _differences(certificate).values())
+    if form.kind in ("onnx", "openvino") and (bisect or not equal):
+        certificate["stages"] = compare_stages(detector, folder / MODELS[form.kind][0], form, pairs[0])
+    if not equal:
+        raise _unequal(certificate, form, tolerance)
+    return certificate
+
+
+def _facts(bundle: Bundle, folder: Path, form: Form, pairs: Sequence[_Pair]) -> dict[str, Any]:
+    """Return what the certificate says of times, versions and files."""
+    return {
         "milliseconds": {
             side: round(statistics.median(pair.seconds[side] for pair in pairs) * 1e3, 3)
             for side in ("detector", "export")
@@ -101,26 +117,23 @@ def certify(
         "bytes": sum((folder / name).stat().st_size for name in MODELS[form.kind]),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    if max_drop is not None:
-        certificate["accuracy"] = _accuracy(detector, samples, (scores, exported_scores), (maps, exported), max_drop)
-        return certificate
-    # NaN must not pass: it is neither above nor below.
-    differences = {
-        name: certificate[f"{name}_max_difference"] / span
-        for name in ("map", "score", "batch", "size")
-        if certificate[f"{name}_max_difference"] is not None
-    }
-    equal = all(difference <= tolerance for difference in differences.values())
-    if form.kind in ("onnx", "openvino") and (bisect or not equal):
-        certificate["stages"] = compare_stages(detector, folder / MODELS[form.kind][0], form, pairs[0])
-    if not equal:
-        worst = max(differences, key=lambda name: differences[name])
-        raise GateError(
-            f"the {form.kind} export is not equal and was removed: {worst} differs by {differences[worst]:.2g} of the "
-            f"map's range on {len(pairs)} images, allowed is {tolerance:g}",
-            hint=_where(certificate.get("stages"), tolerance),
-        )
-    return certificate
+
+
+def _differences(certificate: dict[str, Any]) -> dict[str, float]:
+    """Return the largest differences as shares of the map's range, by what differs."""
+    found = {name: certificate[f"{name}_max_difference"] for name in ("map", "score", "batch", "size")}
+    return {name: value / certificate["map_range"] for name, value in found.items() if value is not None}
+
+
+def _unequal(certificate: dict[str, Any], form: Form, tolerance: float) -> GateError:
+    """Return the error for an export that differs by more than ``tolerance``: what most, and where it begins."""
+    differences = _differences(certificate)
+    worst = max(differences, key=lambda name: differences[name])
+    return GateError(
+        f"the {form.kind} export is not equal and was removed: {worst} differs by {differences[worst]:.2g} of the "
+        f"map's range on {certificate['images']} images, allowed is {tolerance:g}",
+        hint=_where(certificate.get("stages"), tolerance),
+    )
 
 
 class _Pair:
