@@ -13,6 +13,7 @@ from adflow import published
 from adflow.backbones import PRECISIONS
 from adflow.cli._console import Talk, command
 from adflow.cli._inputs import open_strided
+from adflow.cli._options import MAX_SEED
 from adflow.comparison import compare
 from adflow.data import Dataset
 from adflow.errors import GateError, PartialError, UsageError, unknown
@@ -117,7 +118,7 @@ def seed_list(text: str) -> list[int]:
         found = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise UsageError(f"--seeds is '{text}', expected numbers such as 0,1,2") from None
-    if not found or min(found) < 0:
+    if not found or min(found) < 0 or max(found) > MAX_SEED:
         raise UsageError(f"--seeds is '{text}', expected numbers such as 0,1,2")
     return list(dict.fromkeys(found))
 

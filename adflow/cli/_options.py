@@ -12,6 +12,8 @@ from adflow.errors import UsageError, unknown
 if TYPE_CHECKING:
     from adflow.tasks._ray import Cluster
 
+MAX_SEED = 2**63 - 1  # what torch and numpy both take
+
 Data = Annotated[
     list[str],
     typer.Argument(help="Data sets: mvtec, mvtec/cable, demo/brick, or a folder of good images.", show_default=False),
@@ -40,7 +42,7 @@ KeepAspect = Annotated[
     bool | None,
     typer.Option("--keep-aspect/--stretch", help="Letterbox, or stretch to the input size.", show_default=False),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=MAX_SEED)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps or auto.")]
 Precision = Annotated[str, typer.Option(help="float32 (exact) or bf16.")]
 Strict = Annotated[bool, typer.Option("--strict", help="An unreadable image is fatal, not skipped.")]

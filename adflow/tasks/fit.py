@@ -94,6 +94,8 @@ def hold_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]
 
 def split(count: int, options: FitOptions) -> tuple[list[int], list[int]]:
     """Split ``count`` images into those to fit on and those held out, as ``options`` ask for."""
+    if options.folds > count:
+        raise UsageError(f"--folds is {options.folds}, more than the {count} images")
     return hold_out(count, 0.0 if options.folds > 1 else options.holdout, options.seed)
 
 
