@@ -1,4 +1,6 @@
-"""Where the time of an image goes: stages add their seconds to whoever counts, and cost nothing otherwise.
+"""How far work is (:data:`Progress`), and where the time of an image goes.
+
+Stages add their seconds to whoever counts, and cost nothing otherwise.
 
     >>> with counting("method") as seconds:
     ...     with stage("encoder"):
@@ -13,9 +15,11 @@ whole. Work on a GPU counts where it is waited for.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+
+Progress = Callable[[int, int, str], object]  # (done, of how many, what or in which words)
 
 
 class _Clock:

@@ -15,15 +15,14 @@ import tarfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Self
 
+from adflow._clock import Progress
 from adflow._files import make_folder, write_error
 from adflow.errors import AdflowError, InputError, ResourceError
-
-Progress = Callable[[int, int, str], None]
 
 # Images do not shrink much: the fattest real case, plain TIFF slices and masks (LGG-MRI), is about 4 to 1.
 GROWTH = 20

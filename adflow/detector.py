@@ -9,49 +9,37 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from adflow._clock import stage
+from adflow._clock import Progress, stage
+from adflow._reduce import reduce_map
 from adflow.errors import InputError, unknown
-from adflow.features import FeatureBank
+from adflow.features import FeatureBank, ImageSource, Resources, as_source
 from adflow.imaging import Box, upsample
 
 if TYPE_CHECKING:
     from adflow.backbones import Backbone
     from adflow.calibration import Calibration
 
-Progress = Callable[[int, int, str], object]
-
-
-class ImageSource(Protocol):
-    """What ``fit`` reads: images in a fixed order, as often as it wants (see :class:`adflow.data.Images`)."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield float32 tensors [B, 3, H, W] in [0, 1]."""
-        ...
-
-
-class _TensorImages:
-    """A tensor of images as an :class:`ImageSource`."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        yield from torch.split(self.images, batch_size)
+__all__ = [
+    "Detector",
+    "Energy",
+    "FeatureDetector",
+    "FeatureShapes",
+    "ImageSource",
+    "Progress",
+    "Resources",
+    "Scores",
+    "as_source",
+]
 
 
 @dataclass
@@ -78,44 +66,6 @@ class Energy:
 
     chi2: Tensor
     dof: float
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a fit may use; never part of the configuration, never changes the result.
-
-    Attributes:
-        memory: bytes the feature bank may hold in RAM before it moves to a file.
-        folder: where that file goes; None = the system's temporary folder.
-        dtype: storage type of features: "float32" (exact), "float16" or "bfloat16".
-        workers: images that pass the backbone at once on a CPU; None = the cores, at most 8.
-        checkpoint: file for the state of an interrupted fit, or None.
-        spread: makes a bank of images whose features lie elsewhere, such as on the nodes of a cluster, from a backbone,
-            images, storage type and progress; None = here.
-        bank: the features of the very images that are fitted on, where they have been extracted before.
-    """
-
-    memory: int = 4 << 30
-    folder: Path | None = None
-    dtype: str = "float32"
-    workers: int | None = None
-    checkpoint: Path | None = None
-    spread: Callable[[Backbone, ImageSource, str, Progress | None], FeatureBank] | None = None
-    bank: FeatureBank | None = None
-
-    def build(self, backbone: Backbone, images: ImageSource, progress: Progress | None = None) -> FeatureBank:
-        """Pass every image through ``backbone`` once; return the features, which the caller closes."""
-        if self.spread is not None:
-            return self.spread(backbone, images, self.dtype, progress)
-        return FeatureBank.build(
-            backbone,
-            images,
-            memory=self.memory,
-            folder=self.folder,
-            dtype=self.dtype,
-            workers=self.workers,
-            progress=progress,
-        )
 
 
 class Detector(nn.Module, ABC):
@@ -389,9 +339,7 @@ class FeatureDetector(Detector):
         progress: Progress | None = None,
     ) -> Self:
         """Pass every image through the backbone once, then learn from the features."""
-        source = _TensorImages(images) if isinstance(images, Tensor) else images
-        if len(source) == 0:
-            raise InputError("there is no image to fit on, expected at least 1")
+        source = as_source(images)
         resources = self.allow(source, resources or Resources())
         if resources.bank is not None:
             return self.fit_bank(resources.bank, seed=seed, progress=progress, checkpoint=resources.checkpoint)
@@ -450,35 +398,3 @@ class FeatureDetector(Detector):
 
     def _energies(self, images: Tensor) -> list[Energy]:
         return self.energy_features(self.backbone(images))
-
-
-def reduce_map(score_map: Tensor, how: str, margin: float, box: Box | None = None) -> Tensor:
-    """Reduce one map [H, W] to an image score, leaving out ``margin`` of each side of ``box``.
-
-    ``how``: "max", or "top1", the mean of the highest 1 % of the pixels (at least one).
-    """
-    if box is not None and isinstance(box.top, Tensor):
-        return _reduce_within(score_map, how, margin, box)
-    if box is not None:
-        score_map = score_map[box.top : box.top + box.height, box.left : box.left + box.width]
-    h, w = score_map.shape
-    dy, dx = int(h * margin), int(w * margin)
-    inner = score_map[dy : h - dy, dx : w - dx].reshape(-1)
-    if how == "max":
-        return inner.max()
-    return inner.topk(max(1, inner.numel() // 100)).values.mean()
-
-
-def _reduce_within(score_map: Tensor, how: str, margin: float, box: Box) -> Tensor:
-    """:func:`reduce_map` for a program that is being traced: the box depends on the image, shapes must not."""
-    top, left, height, width = (torch.as_tensor(value) for value in (box.top, box.left, box.height, box.width))
-    dy, dx = (height.double() * margin).long(), (width.double() * margin).long()
-    y, x = torch.arange(score_map.shape[0])[:, None], torch.arange(score_map.shape[1])
-    inner = (y >= top + dy) & (y < top + height - dy) & (x >= left + dx) & (x < left + width - dx)
-    outside = torch.full_like(score_map, -torch.inf)
-    highest = torch.where(inner, score_map, outside).reshape(-1).topk(max(1, score_map.numel() // 100)).values
-    if how == "max":
-        return highest[0]
-    count = torch.div(inner.sum(), 100, rounding_mode="floor").clamp(min=1)
-    taken = torch.arange(len(highest)) < count
-    return torch.where(taken, highest, torch.zeros_like(highest)).sum() / count

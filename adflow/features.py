@@ -8,67 +8,47 @@ building and reading a bank on disk needs RAM for a few images only.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from adflow import _ranks
 from adflow._bytes import in_units
+from adflow._clock import Progress
+from adflow._extract import DTYPES, Augment, Divisible, Extraction, ImageSource, as_source, extract, finite
 from adflow._files import make_folder
 from adflow._rows import DiskStore, RamStore, Store, SubsetStore
-from adflow._system import cores, free_memory
+from adflow._system import free_memory
 from adflow.backbones import Backbone
 from adflow.errors import InputError, ResourceError, UsageError, unknown
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+__all__ = [
+    "DTYPES",
+    "PART",
+    "Augment",
+    "Divisible",
+    "FeatureBank",
+    "ImageSource",
+    "Mergeable",
+    "Resources",
+    "T",
+    "as_source",
+    "extract",
+]
+
 _GIB = 1 << 30
-_GPU_BATCH = 16  # images per pass on a GPU
-_EXCHANGED = 16  # images a process takes before features are exchanged, where several fit one detector
 # Images whose features are learned from together, before what is known of them is merged with that of others. Part of
 # the result, by the grouping of its sums: the same number wherever the work is done.
 PART = 1024
 
 T = TypeVar("T")
-Progress = Callable[[int, int, str], object]
-Augment = Callable[[Tensor, torch.Generator], Tensor]
-
-
-class ImageSource(Protocol):
-    """What a bank is built from: images in a fixed order; fewer may come than announced (bad files)."""
-
-    def __len__(self) -> int:
-        """Return how many images to expect."""
-        ...
-
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield float32 tensors [B, 3, H, W] in [0, 1]."""
-        ...
-
-
-@runtime_checkable
-class Divisible(ImageSource, Protocol):
-    """Images that several processes can divide among themselves."""
-
-    skipped: list[tuple[Path, str]]
-
-    def part(self, start: int, stop: int) -> ImageSource:
-        """Return the images at places ``start`` to ``stop``, those that are there."""
-        ...
-
-    def leave_out(self, skipped: Sequence[tuple[Path, str]]) -> None:
-        """Take over what other processes could not read."""
-        ...
 
 
 class Mergeable(Protocol):
@@ -150,7 +130,7 @@ class FeatureBank:
         if augment is not None and generator is None:
             raise UsageError("augment needs a generator", hint="Pass generator=torch.Generator().manual_seed(seed).")
         rows = len(images) * views
-        extraction = _Extraction(backbone, augment, generator, views, workers)
+        extraction = Extraction(backbone, augment, generator, views, workers)
         stores: list[Store] = []
         size, note, on_disk, done = (0, 0), "", False, 0
         try:
@@ -164,7 +144,7 @@ class FeatureBank:
                         hint="Bring all images to one size (--size).",
                     )
                 for store, level in zip(stores, pyramid, strict=True):
-                    store.append(_finite(level, DTYPES[dtype], row // views))
+                    store.append(finite(level, DTYPES[dtype], row // views))
                 done = row + 1
                 if progress:
                     progress(done, rows, "features")
@@ -279,22 +259,6 @@ class FeatureBank:
         self.close()
 
 
-def _finite(level: Tensor, dtype: torch.dtype, image: int) -> Tensor:
-    """Return one level [1, C, h, w] in ``dtype``; raise InputError when it is not finite."""
-    stored = level.to("cpu", dtype).contiguous()
-    if bool(torch.isfinite(stored).all()):
-        return stored
-    if bool(torch.isfinite(level).all()):
-        raise InputError(
-            f"features of image {image} reach {float(level.abs().max()):.3g}, too large for {dtype}",
-            hint="Store features as bfloat16 or float32.",
-        )
-    raise InputError(
-        f"features of image {image} are not finite (NaN or infinite)",
-        hint="Look at that image, and whether the weights fit the backbone.",
-    )
-
-
 def _plan(
     pyramid: list[Tensor], rows: int, memory: int, folder: Path | None, dtype: torch.dtype
 ) -> tuple[list[Store], str, bool]:
@@ -325,134 +289,39 @@ def _plan(
     return [DiskStore(shape, dtype, place) for shape in shapes], note, True
 
 
-def extract(
-    backbone: Backbone, images: ImageSource, *, dtype: str = "float32", workers: int | None = None, first: int = 0
-) -> tuple[tuple[int, int], list[Tensor]]:
-    """Return the size of some images and their features [n, C, h, w], a tensor per level; none of no readable image.
+@dataclass(frozen=True)
+class Resources:
+    """What a fit may use; never part of the configuration, never changes the result.
 
-    Args:
-        backbone: as in :meth:`FeatureBank.build`, of which this is one piece.
-        images: likewise.
-        dtype: likewise.
-        workers: likewise.
-        first: number of the first image, for messages.
+    Attributes:
+        memory: bytes the feature bank may hold in RAM before it moves to a file.
+        folder: where that file goes; None = the system's temporary folder.
+        dtype: storage type of features: "float32" (exact), "float16" or "bfloat16".
+        workers: images that pass the backbone at once on a CPU; None = the cores, at most 8.
+        checkpoint: file for the state of an interrupted fit, or None.
+        spread: makes a bank of images whose features lie elsewhere, such as on the nodes of a cluster, from a backbone,
+            images, storage type and progress; None = here.
+        bank: the features of the very images that are fitted on, where they have been extracted before.
     """
-    rows = list(_Extraction(backbone, None, None, 1, workers).run(images)) if len(images) else []
-    levels = [
-        torch.cat([_finite(level, DTYPES[dtype], first + i) for i, level in enumerate(level_rows)])
-        for level_rows in zip(*(pyramid for _, pyramid in rows), strict=True)
-    ]
-    return (rows[0][0] if rows else (0, 0)), levels
 
+    memory: int = 4 << 30
+    folder: Path | None = None
+    dtype: str = "float32"
+    workers: int | None = None
+    checkpoint: Path | None = None
+    spread: Callable[[Backbone, ImageSource, str, Progress | None], FeatureBank] | None = None
+    bank: FeatureBank | None = None
 
-class _Extraction:
-    """Passes images through the backbone; yields (image size, pyramid of one row) in order."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        augment: Augment | None,
-        generator: torch.Generator | None,
-        views: int,
-        workers: int | None,
-    ) -> None:
-        self.backbone = backbone
-        self.augment, self.generator, self.views = augment, generator, views
-        self.device = next(backbone.buffers()).device
-        self.workers = workers or min(cores(), 8)
-
-    def together(self, images: ImageSource) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
-        """As :meth:`run`; of several processes each takes some images, and all get all rows."""
-        world, rank = _ranks.world(), _ranks.rank()
-        if world == 1 or self.augment is not None or not isinstance(images, Divisible):
-            yield from self.run(images)
-            return
-        for start in range(0, len(images), _EXCHANGED * world):
-            mine = images.part(start + rank * _EXCHANGED, start + (rank + 1) * _EXCHANGED)
-            rows = list(self.run(mine)) if len(mine) else []
-            sizes = [size for size in _ranks.gathered([size for size, _ in rows]) for size in size]
-            yield from zip(sizes, _ranks.all_rows([row for _, row in rows]), strict=True)
-        images.leave_out([path for part in _ranks.gathered(images.skipped) for path in part])
-
-    def run(self, images: ImageSource) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
-        """Yield (image size, pyramid of one row) in order."""
-        if self.device.type != "cpu":
-            yield from self._together(images)
-            return
-        rows = self._rows(images, 2 * self.workers)
-        with one_thread(), ThreadPoolExecutor(self.workers, "adflow-features") as pool:
-            waiting: deque[Future[tuple[tuple[int, int], list[Tensor]]]] = deque()
-            try:
-                for image, seed in rows:
-                    waiting.append(pool.submit(self._alone, image, seed))
-                    if len(waiting) >= 2 * self.workers:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
-
-    def _rows(self, images: ImageSource, batch_size: int) -> Iterator[tuple[Tensor, int]]:
-        """Yield every image [1, 3, H, W] once per view, with the seed of that view."""
-        for batch in images.batches(batch_size):
-            for image in batch.unsqueeze(1):  # [1, 3, H, W]
-                for _ in range(self.views):
-                    yield image, self._draw()
-
-    def _draw(self) -> int:
-        if self.generator is None:
-            return 0
-        return int(torch.randint(2**62, (), generator=self.generator))
-
-    def _view(self, image: Tensor, seed: int) -> Tensor:
-        if self.augment is None:
-            return image
-        return self.augment(image, torch.Generator().manual_seed(seed))
-
-    def _alone(self, image: Tensor, seed: int) -> tuple[tuple[int, int], list[Tensor]]:
-        with torch.inference_mode():
-            view = self._view(image, seed)
-            return (view.shape[2], view.shape[3]), self.backbone(view)
-
-    def _together(self, images: ImageSource) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
-        rows = self._rows(images, _GPU_BATCH)
-        while group := list(islice(rows, _GPU_BATCH)):
-            views = torch.cat([self._view(image, seed) for image, seed in group])
-            for levels in in_halves(self._pass, views):
-                for i in range(len(levels[0])):
-                    yield (views.shape[2], views.shape[3]), [level[i : i + 1] for level in levels]
-
-    def _pass(self, views: Tensor) -> list[Tensor]:
-        with torch.inference_mode():
-            return [level.cpu() for level in self.backbone(views.to(self.device))]
-
-
-def in_halves(call: Callable[..., T], *batches: Any) -> list[T]:
-    """Return ``[call(*batches)]``; where that does not fit into a GPU's memory, what it gives for parts, in order.
-
-    Args:
-        call: takes some images, and what belongs to them.
-        batches: all of it, each with one row per image.
-    """
-    count = len(batches[0])
-    try:
-        return [call(*batches)]
-    except torch.OutOfMemoryError:
-        if count == 1:
-            raise
-    half = count // 2
-    logging.getLogger("adflow").warning(f"{count} images at once are too many for the GPU: {half} are tried")
-    parts = (slice(half), slice(half, None))
-    return [found for part in parts for found in in_halves(call, *(batch[part] for batch in batches))]
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Give torch one thread per operation for as long as this lasts; threads started meanwhile inherit it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    def build(self, backbone: Backbone, images: ImageSource, progress: Progress | None = None) -> FeatureBank:
+        """Pass every image through ``backbone`` once; return the features, which the caller closes."""
+        if self.spread is not None:
+            return self.spread(backbone, images, self.dtype, progress)
+        return FeatureBank.build(
+            backbone,
+            images,
+            memory=self.memory,
+            folder=self.folder,
+            dtype=self.dtype,
+            workers=self.workers,
+            progress=progress,
+        )

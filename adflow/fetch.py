@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from adflow import __version__, _store
+from adflow._clock import Progress
 from adflow._files import sha256_of, write_error
 from adflow._lock import lock
 from adflow.errors import UnavailableError
 from adflow.zoo import File, Source, home
 
-Progress = Callable[[int, int, str], None]
 _CHUNK = 1 << 18
 # What else, beside its own errors, huggingface-hub raises for trouble on the line.
 _TROUBLE = (OSError, ValueError, RuntimeError)

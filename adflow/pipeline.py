@@ -10,25 +10,21 @@ Memory is bounded: at most a few images per worker are under way, whatever the l
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from adflow._clock import counting
-from adflow._system import cores
+from adflow._threads import default_workers, in_halves, one_thread, ordered
 from adflow.data import Sample
 from adflow.detector import Detector
 from adflow.errors import InputError
-from adflow.features import in_halves, one_thread
 from adflow.imaging import Box, fit_to, read_image, show
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -55,11 +51,6 @@ class Scored:
     seconds: dict[str, float] = field(default_factory=dict)
     result: Any = None
     error: str | None = None
-
-
-def default_workers() -> int:
-    """Return how many images to work on at once: the cores this process may use, at most 8."""
-    return min(cores(), 8)
 
 
 def run(
@@ -96,14 +87,14 @@ def run(
         # Pictures that are kept take memory.
         groups = _groups(source, left, 1 if keep_picture else detector.at_once, count)
         with one_thread(), ThreadPoolExecutor(count, "adflow-score") as pool:
-            for done in _ordered(pool, work.whole, groups, ahead=2 * count):
+            for done in ordered(pool, work.whole, groups, ahead=2 * count):
                 yield from done
     else:
         with ThreadPoolExecutor(count, "adflow-score") as pool:
-            read = _ordered(pool, work.read, source, ahead=2 * batch_size + count)
+            read = ordered(pool, work.read, source, ahead=2 * batch_size + count)
             while group := list(islice(read, batch_size)):
                 work.score_together(group)
-                yield from _ordered(pool, work.finish, iter(group), ahead=2 * count)
+                yield from ordered(pool, work.finish, group, ahead=2 * count)
 
 
 def _groups(source: Iterator[Sample], left: int | None, most: int, workers: int) -> Iterator[list[Sample]]:
@@ -117,19 +108,6 @@ def _groups(source: Iterator[Sample], left: int | None, most: int, workers: int)
         if not group:
             return
         yield group
-
-
-def _ordered(pool: ThreadPoolExecutor, task: Callable[[Any], T], source: Iterator[Any], ahead: int) -> Iterator[T]:
-    """Run ``task`` on every item with at most ``ahead`` under way; yield results in the source's order."""
-    waiting: deque[Future[T]] = deque(pool.submit(task, item) for item in islice(source, ahead))
-    try:
-        while waiting:
-            done = waiting.popleft().result()
-            waiting.extend(pool.submit(task, item) for item in islice(source, 1))
-            yield done
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 class _Work:

@@ -16,7 +16,7 @@ from servers import FileServer, file_server
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adflow import features
+from adflow import _threads
 from adflow.backbones import Backbone, make_backbone
 
 
@@ -95,7 +95,7 @@ def lite0() -> Backbone:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread per operation of torch: the number can change the last bits."""
-    with features.one_thread():
+    with _threads.one_thread():
         yield
 
 

@@ -10,8 +10,10 @@ import torch
 from conftest import TinyBackbone, make_tiny_images
 
 from adflow import features
+from adflow._extract import Extraction
 from adflow._rows import RamStore
 from adflow._system import free_memory
+from adflow._threads import in_halves
 from adflow.errors import ResourceError
 from adflow.features import FeatureBank
 
@@ -71,7 +73,7 @@ def test_images_that_do_not_fit_on_the_gpu_pass_in_halves(caplog: pytest.LogCapt
             return super().forward(images)
 
     images = make_tiny_images(11)
-    plain, small = (features._Extraction(net(), None, None, 1, 1) for net in (TinyBackbone, Small))
+    plain, small = (Extraction(net(), None, None, 1, 1) for net in (TinyBackbone, Small))
     wanted, found = list(plain._together(images)), list(small._together(images))
     assert [size for size, _ in found] == [size for size, _ in wanted] and len(found) == 11
     for (_, mine), (_, theirs) in zip(found, wanted, strict=True):
@@ -79,7 +81,7 @@ def test_images_that_do_not_fit_on_the_gpu_pass_in_halves(caplog: pytest.LogCapt
             torch.testing.assert_close(level, other)  # kernels round differently for another batch size
     assert "11 images at once are too many for the GPU: 5 are tried" in caplog.text
     with pytest.raises(torch.OutOfMemoryError):
-        features.in_halves(lambda _: small.backbone(images.normal[:4]), images.normal[:1])
+        in_halves(lambda _: small.backbone(images.normal[:4]), images.normal[:1])
 
 
 def test_no_room_in_ram_and_on_disk_names_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,11 @@ from conftest import TinyBackbone
 from test_methods import NAMES, SIZE, good_images, make, with_defect
 from torch import Tensor
 
+from adflow._threads import one_thread
 from adflow.backbones import Backbone
 from adflow.detector import Detector, Resources
 from adflow.detector_file import digest
 from adflow.errors import AdflowError
-from adflow.features import one_thread
 from adflow.tasks._jobs import run_units
 
 

@@ -26,7 +26,7 @@ def doctor(
     import torch
 
     from adflow import __version__, zoo
-    from adflow.pipeline import default_workers
+    from adflow._threads import default_workers
     from adflow.runs import runs_folder
     from adflow.tasks._device import choose_device
 

@@ -20,9 +20,8 @@ import hashlib
 import os
 import pkgutil
 import textwrap
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import takewhile
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, overload
 import numpy as np
 
 from adflow._system import cores
+from adflow._threads import ordered
 from adflow._video import is_frame
 from adflow.data._scan import list_images
 from adflow.errors import InputError, UnavailableError, UsageError, unknown
@@ -325,19 +325,8 @@ class Images:
         if self.workers < 1:
             yield from map(self._decode, wanted)
             return
-        source = iter(wanted)
         with ThreadPoolExecutor(self.workers, "adflow-decode") as pool:
-            waiting: deque[Future[Frame | InputError]] = deque()
-            try:
-                for index in source:
-                    waiting.append(pool.submit(self._decode, index))
-                    if len(waiting) > 2 * self.workers:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+            yield from ordered(pool, self._decode, wanted, ahead=2 * self.workers)
 
     def _decode(self, index: int) -> Frame | InputError:
         path = self.path(index)

@@ -23,7 +23,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import overload
@@ -31,6 +31,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
+from adflow._clock import Progress
 from adflow._files import encoded, make_folder, write_error
 from adflow._video import count
 from adflow.data import Chosen, Dataset, Sample
@@ -42,7 +43,6 @@ QUALITY = 80  # JPEG, as CFLOW-AD's loader writes training frames
 MARKER = ".adflow.json"
 _VIDEO = re.compile(r"(\d\d)_(\d+)\.avi")
 _FRAME = re.compile(r"(\d+)\.jpg")
-Progress = Callable[[int, int, str], None]
 
 
 class Frames(Sequence[Sample]):

@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adflow import _ranks
+from adflow._clock import Progress
 from adflow._files import atomic_write
 from adflow.errors import InputError, TrainingError
 
-Progress = Callable[[int, int, str], object]
 Schedule = Callable[[int], float]
 Batch = TypeVar("Batch")
 

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adflow.detector import Energy, FeatureDetector, ImageSource, Progress, Resources, _TensorImages
+from adflow.detector import Energy, FeatureDetector, ImageSource, Progress, Resources, as_source
 from adflow.errors import UsageError, unknown
 from adflow.features import FeatureBank
 from adflow.imaging import upsample
@@ -304,7 +304,7 @@ class CFlow(FeatureDetector):
         resources = resources or Resources()
         with FeatureBank.build(
             self.backbone,
-            _TensorImages(images) if isinstance(images, Tensor) else images,
+            as_source(images),
             memory=resources.memory,
             folder=resources.folder,
             dtype=resources.dtype,

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adflow._clock import stage
-from adflow.detector import FeatureDetector, ImageSource, Progress, Resources, Scores, _TensorImages
+from adflow.detector import FeatureDetector, ImageSource, Progress, Resources, Scores, as_source
 from adflow.errors import InputError, UsageError, unknown
 from adflow.features import FeatureBank
 from adflow.imaging import Box
@@ -171,9 +171,7 @@ class CutPaste(FeatureDetector):
     ) -> Self:
         """Learn from images: features of unchanged ones, such as those of ``resources.bank``, are not enough."""
         resources = resources or Resources()
-        source = _TensorImages(images) if isinstance(images, Tensor) else images
-        if len(source) == 0:
-            raise InputError("there is no image to fit on, expected at least 1")
+        source = as_source(images)
         try:
             if self.level == "image":
                 self._images = [(image * 255).round().to(torch.uint8) for b in source.batches(16) for image in b]

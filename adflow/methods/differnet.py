@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from adflow.backbones import Backbone
-from adflow.detector import Detector, ImageSource, Progress, Resources, Scores, _TensorImages
+from adflow.detector import Detector, ImageSource, Progress, Resources, Scores, as_source
 from adflow.errors import InputError, unknown
 from adflow.features import FeatureBank
 from adflow.imaging import Box, upsample
@@ -229,8 +229,7 @@ class DifferNet(Detector):
         """Pass turned copies through the backbone once, then train on their pooled vectors."""
         resources = resources or Resources()
         generator = torch.Generator().manual_seed(seed)
-        source = _TensorImages(images) if isinstance(images, Tensor) else images
-        vectors = self._vectors(source, resources, generator, progress)
+        vectors = self._vectors(as_source(images), resources, generator, progress)
         self.calibration = None
         self._create(generator)
         self.train()
@@ -254,8 +253,6 @@ class DifferNet(Detector):
             share = 2 * float(torch.rand((), generator=drawn)) - 1
             return self.turned(image, share * self.degrees)
 
-        if len(images) == 0:
-            raise InputError("there is no image to fit on, expected at least 1")
         angles = [0.0] if self.views else self.angles()
         with FeatureBank.build(
             PooledTurns(self.backbone, angles, FILLS[self.fill]),

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adflow._clock import stage
+from adflow._reduce import reduce_map
 from adflow._system import resident_bytes
-from adflow.detector import FeatureDetector, ImageSource, Progress, Resources, Scores, reduce_map
+from adflow.detector import FeatureDetector, ImageSource, Progress, Resources, Scores
 from adflow.errors import UsageError
 from adflow.features import PART
 from adflow.imaging import Box, upsample

@@ -11,12 +11,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from adflow._threads import default_workers, one_thread
 from adflow.calibration import Calibration
 from adflow.data import Images, Sample
 from adflow.detector import Detector, Energy, FeatureDetector, Progress, Resources
-from adflow.features import FeatureBank, T, one_thread
+from adflow.features import FeatureBank, T
 from adflow.imaging import Box, Size, fit_to, read_image
-from adflow.pipeline import default_workers
 
 
 class TrainFeatures:

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from adflow import _store, fetch, zoo
+from adflow._clock import Progress
 from adflow._files import make_folder, replace_folder, sha256_of, tidy, write_error, write_text
 from adflow._lock import lock
 from adflow._unpack import Unpacked, is_archive, unpack
 from adflow.errors import InputError, UsageError
 from adflow.tasks._counts import compare, fits
 from adflow.zoo import BackboneEntry, DatasetEntry, DetectorEntry, File, Licence
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ import torch
 
 from adflow._files import make_folder, write_text
 from adflow._lock import claim
+from adflow._threads import default_workers, one_thread
 from adflow.detector import Detector, Progress
 from adflow.detector_file import digest, load_detector
 from adflow.errors import AdflowError, InputError
-from adflow.features import one_thread
-from adflow.pipeline import default_workers
 from adflow.runs import run_name
 from adflow.tasks._bank import TrainFeatures, can_share
 from adflow.tasks._cells import Job, Measuring, read_cell, write_cell

@@ -15,12 +15,12 @@ import numpy as np
 from adflow._card import METRICS, model_card
 from adflow._files import atomic_write, is_full, make_folder, replace_folder, sha256_of, write_error
 from adflow._lock import claim
+from adflow._threads import one_thread
 from adflow.bundle import CERTIFICATE, MODELS, load_bundle, need
 from adflow.data import Sample
 from adflow.detector import Detector, Progress
 from adflow.detector_file import digest, load_detector, read_header
 from adflow.errors import InputError, UsageError
-from adflow.features import one_thread
 from adflow.fetch import push_detector
 from adflow.imaging import fit_to, read_image
 from adflow.runs import runs_folder

@@ -17,10 +17,11 @@ import pandas as pd
 
 from adflow._files import atomic_write, make_folder
 from adflow._grid import frame_to_csv
+from adflow._threads import default_workers
 from adflow.calibration import Calibration
 from adflow.data import Sample
 from adflow.detector import Detector, Progress
-from adflow.pipeline import Scored, default_workers, run
+from adflow.pipeline import Scored, run
 
 # Images flagged by chance when the user names no rate: the smallest of these that the held-out images can carry.
 DEFAULT_RATES = (0.01, 0.05, 0.1)

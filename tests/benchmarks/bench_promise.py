@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 from adflow import methods, metrics
+from adflow._threads import one_thread
 from adflow.calibration import Calibration
 from adflow.data import Dataset, Images, open_data
 from adflow.detector import FeatureDetector
-from adflow.features import FeatureBank, one_thread
+from adflow.features import FeatureBank
 from adflow.imaging import mask_to, read_mask
 from adflow.tasks.fit import hold_out
 

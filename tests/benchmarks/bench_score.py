@@ -36,14 +36,14 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from adflow import backbones, methods
+from adflow._threads import default_workers, one_thread
 from adflow._weights import find_weights, load_strictly, read_weights, rename_lite
 from adflow.backbones import make_backbone
 from adflow.data import Sample, list_images
 from adflow.detector import Detector, FeatureDetector, FeatureShapes
 from adflow.detector_file import load_detector
-from adflow.features import one_thread
 from adflow.imaging import fit_to, read_image
-from adflow.pipeline import default_workers, run
+from adflow.pipeline import run
 
 SIDES = (256, 512, 1024)
 
