@@ -1,4 +1,4 @@
-"""Normalizing-flow blocks on FrEIA's graph API, and key maps of original checkpoints; ``_fused`` scores with them.
+"""Normalizing-flow blocks on FrEIA's graph API, with their sub-networks and key maps of original checkpoints.
 
 Every block is a :class:`FrEIA.modules.InvertibleModule`, so that chains (``SequenceINN``) and graphs
 (``GraphINN``) give the forward pass, the inverse and the log-determinant. FrEIA's ``AllInOneBlock`` is not
@@ -11,7 +11,7 @@ Convention: ``z, logdet = flow(x)``; ``logdet`` = log |det dz/dx| per sample, na
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,87 +20,41 @@ from FrEIA.framework import SequenceINN
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 
-from adflow.errors import InputError, UsageError
+from adflow._encoding import log_likelihood, positional_encoding
+from adflow._originals import load_original
+from adflow._subnets import Subnet, conv_layer, conv_subnet, linear_layer, linear_subnet
+from adflow.errors import UsageError
+
+__all__ = [
+    "SUBNET_GAIN",
+    "UNIT_SCALE",
+    "AllInOneBlock",
+    "ClampMode",
+    "FixedPermutation",
+    "GlowCoupling",
+    "Permutation",
+    "PixelShuffle",
+    "Subnet",
+    "chain",
+    "conv_layer",
+    "conv_subnet",
+    "linear_layer",
+    "linear_subnet",
+    "load_original",
+    "log_likelihood",
+    "positional_encoding",
+    "random_rotation",
+    "soft_clamp",
+]
 
 ClampMode = Literal["tanh", "tanh_scaled"]
 Permutation = Literal["hard", "soft"]
-Subnet = Callable[[int, int], nn.Module]
 Dims = Sequence[Sequence[int]]
 
 # A sub-network's output is multiplied by this before it is used (FrEIA, AllInOneBlock: "for stability").
 SUBNET_GAIN = 0.1
 # Raw global scale whose activation 0.1 * softplus_{beta=0.5} is exactly 1: w = 2 ln(e^5 - 1).
 UNIT_SCALE = 2.0 * math.log(math.expm1(5.0))
-
-
-def linear_layer(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
-    """Return ``nn.Linear`` with torch's default initialisation, drawn from ``generator``."""
-    layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")  # no draw from the global generator
-    _initialise(layer, inputs, generator)
-    return layer
-
-
-def conv_layer(inputs: int, outputs: int, kernel: int, generator: torch.Generator | None) -> nn.Conv2d:
-    """Return a 'same'-padded ``nn.Conv2d`` with torch's default initialisation, drawn from ``generator``."""
-    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, device="meta").to_empty(device="cpu")
-    _initialise(layer, inputs * kernel * kernel, generator)
-    return layer
-
-
-def _initialise(layer: nn.Linear | nn.Conv2d, fan_in: int, generator: torch.Generator | None) -> None:
-    # torch's default, Kaiming-uniform with a = sqrt(5), is U(-b, b), b = 1/sqrt(fan_in), for weight and bias.
-    bound = 1.0 / math.sqrt(max(fan_in, 1))
-    with torch.no_grad():
-        layer.weight.uniform_(-bound, bound, generator=generator)
-        if layer.bias is not None:
-            layer.bias.uniform_(-bound, bound, generator=generator)
-
-
-def linear_subnet(
-    *,
-    generator: torch.Generator | None = None,
-    width: float = 2.0,
-    hidden: int | None = None,
-    zero_init: bool = False,
-) -> Subnet:
-    """Return a factory of Linear - ReLU - Linear networks.
-
-    Args:
-        generator: source of the initial weights.
-        width: hidden units as a multiple of the input width (CFLOW-AD: 2).
-        hidden: hidden units as a number; overrides ``width``.
-        zero_init: start with zero output, so that a coupling starts as the identity.
-    """
-
-    def build(inputs: int, outputs: int) -> nn.Module:
-        middle = int(inputs * width) if hidden is None else hidden
-        return _two_layers(linear_layer(inputs, middle, generator), linear_layer(middle, outputs, generator), zero_init)
-
-    return build
-
-
-def conv_subnet(
-    kernel: int, *, generator: torch.Generator | None = None, ratio: float = 1.0, zero_init: bool = False
-) -> Subnet:
-    """Return a factory of conv k - ReLU - conv k networks with ``int(ratio * inputs)`` hidden channels."""
-
-    def build(inputs: int, outputs: int) -> nn.Module:
-        middle = max(1, int(inputs * ratio))
-        return _two_layers(
-            conv_layer(inputs, middle, kernel, generator),
-            conv_layer(middle, outputs, kernel, generator),
-            zero_init,
-        )
-
-    return build
-
-
-def _two_layers(first: nn.Module, last: nn.Linear | nn.Conv2d, zero_init: bool) -> nn.Sequential:
-    if zero_init:
-        nn.init.zeros_(last.weight)
-        if last.bias is not None:
-            nn.init.zeros_(last.bias)
-    return nn.Sequential(first, nn.ReLU(), last)
 
 
 def random_rotation(channels: int, generator: torch.Generator | None = None) -> Tensor:
@@ -358,94 +312,3 @@ def chain(
             generator=generator,
         )
     return flow
-
-
-def positional_encoding(channels: int, height: int, width: int) -> Tensor:
-    """Return the 2-D sine/cosine code [D, h, w] of integer grid positions counted from 0.
-
-    First half of the channels: column x, second half: row y; even ones sin(position * f_j), odd ones
-    cos(position * f_j), f_j = 10000^(-2j / (D/2)).
-
-    Source: Z. Wang, J.-C. Liu, Translating math formula images to LaTeX sequences, 2019,
-    https://arxiv.org/abs/1908.11415; used by CFLOW-AD (WACV 2022, section 4) and PEFM.
-    """
-    if channels % 4 or channels <= 0:
-        raise UsageError(f"the positional encoding has {channels} channels; expected a positive multiple of 4")
-    half = channels // 2
-    rates = torch.exp(torch.arange(0, half, 2, dtype=torch.float64) * (-math.log(10000.0) / half))
-    code = torch.empty(channels, height, width, dtype=torch.float64)
-    across = torch.arange(width, dtype=torch.float64) * rates[:, None]  # [D/4, w]
-    down = torch.arange(height, dtype=torch.float64) * rates[:, None]  # [D/4, h]
-    code[0:half:2] = across.sin()[:, None, :]
-    code[1:half:2] = across.cos()[:, None, :]
-    code[half::2] = down.sin()[:, :, None]
-    code[half + 1 :: 2] = down.cos()[:, :, None]
-    return code.float()
-
-
-def log_likelihood(z: Tensor, logdet: Tensor) -> Tensor:
-    """Return log p(x) = -d/2 ln(2 pi) - |z|^2 / 2 + logdet per sample [B] of d entries, natural log."""
-    flat = z.flatten(1)
-    return -0.5 * (flat.shape[1] * math.log(2.0 * math.pi) + flat.square().sum(1)) + logdet
-
-
-def load_original(
-    module: nn.Module, state: Mapping[str, Tensor], *, prefix: str = "", ignore: Iterable[str] = ()
-) -> None:
-    """Load a state dict of an original implementation into ``module``, strictly.
-
-    FrEIA's C x C matrix ``w_perm`` becomes our index vector ``permutation`` (it must then be a permutation
-    matrix) or our ``rotation``, whichever the block has; ``w_perm_inv`` is checked to be its transpose and
-    dropped, as is the constant ``downsample_kernel`` of i-RevNet up-sampling.
-
-    Args:
-        module: chain, graph or whole model whose remaining names equal the original's.
-        state: the original's tensors.
-        prefix: only keys that begin with it are used, and it is cut off.
-        ignore: last parts of names to drop as well (for example unused layers).
-
-    Raises:
-        InputError: names or shapes do not fit, or a matrix is not what the block needs.
-    """
-    dropped = {"w_perm_inv", "downsample_kernel", *ignore}
-    ours = set(module.state_dict())
-    adapted: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if not name.startswith(prefix):
-            continue
-        key = name[len(prefix) :]
-        stem, _, leaf = key.rpartition(".")
-        stem = f"{stem}." if stem else ""
-        if leaf == "w_perm":
-            matrix = tensor.flatten(1)
-            inverse = state.get(f"{prefix}{stem}w_perm_inv")
-            # Rotations are stored in float32: their transpose is exact, so anything else is another layout.
-            if inverse is not None and not torch.equal(inverse.flatten(1), matrix.T):
-                raise InputError(f"{name} and its inverse are not each other's transpose")
-            if f"{stem}permutation" in ours:
-                adapted[f"{stem}permutation"] = _as_index(matrix, name)
-            else:
-                adapted[f"{stem}rotation"] = matrix
-        elif leaf not in dropped:
-            adapted[key] = tensor
-    missing, unexpected = sorted(ours - set(adapted)), sorted(set(adapted) - ours)
-    if missing or unexpected:
-        raise InputError(
-            f"the checkpoint does not fit: {len(missing)} tensors missing (first: {missing[:1]}), "
-            f"{len(unexpected)} not expected (first: {unexpected[:1]})",
-            hint="Build the model with the checkpoint's number of blocks, channels and conditions.",
-        )
-    try:
-        module.load_state_dict(adapted, strict=True)
-    except RuntimeError as error:
-        raise InputError(f"the checkpoint does not fit: {str(error).splitlines()[-1].strip()}") from error
-
-
-def _as_index(matrix: Tensor, name: str) -> Tensor:
-    index = matrix.argmax(1)
-    exact = torch.equal(torch.eye(len(matrix), dtype=matrix.dtype)[index], matrix)
-    if not exact or len(set(index.tolist())) < len(index):
-        raise InputError(
-            f"{name} is not a permutation matrix, but this block needs one", hint="Use permutation='soft'."
-        )
-    return index

@@ -24,7 +24,7 @@ PLUMBING = {
     "report": ["_grid", "_page", "published"],
     "data": ["_lite", "_threads", "_weights"],
     "detector": ["_extract", "_reduce", "_rows"],
-    "flows": ["_fused"],
+    "flows": ["_encoding", "_fused", "_originals", "_subnets"],
     "overlays": ["_drawing"],
     "zoo": ["_catalogue", "_files", "_lock", "_store", "_unpack"],
     "imaging": ["_bytes", "_clock", "_maxtree", "_nets", "_nfa_block", "_ranks", "_regions", "_system", "_video"],

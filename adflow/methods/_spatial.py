@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from adflow.errors import InputError
-from adflow.flows import AllInOneBlock
 from adflow.methods._whiten import Moments, inverse_factor, shrink, whitening
+
+if TYPE_CHECKING:
+    from adflow.flows import AllInOneBlock
 
 # What can stand in front of a flow; see `normaliser`.
 NORMS = ("none", "layer", "affine", "position")

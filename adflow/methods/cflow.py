@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adflow._encoding import log_likelihood, positional_encoding
 from adflow.detector import Energy, FeatureDetector, ImageSource, Progress, Resources, as_source
 from adflow.errors import UsageError, unknown
 from adflow.features import FeatureBank
@@ -324,8 +325,6 @@ class CFlow(FeatureDetector):
         """Return the positional codes [h w, D] of each decoder, None where couplings have no condition."""
         if not self.position:
             return [None] * len(self.grids)
-        from adflow.flows import positional_encoding
-
         device = self.log_top_.device
         return [positional_encoding(self.position, *grid).flatten(1).T.to(device) for grid in self.grids]
 
@@ -458,8 +457,6 @@ class CFlow(FeatureDetector):
         progress: Progress | None,
         checkpoint: Path | None,
     ) -> None:
-        from adflow.flows import log_likelihood
-
         def loss(batch: tuple[int, Tensor, Tensor | None]) -> Tensor:
             head, vectors, code = batch
             z, logdet = self.decoders[head](vectors, None if code is None else [code])

@@ -37,9 +37,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adflow._encoding import positional_encoding
 from adflow.detector import FeatureDetector, Progress
 from adflow.errors import InputError, UsageError, unknown
-from adflow.flows import positional_encoding
 from adflow.imaging import upsample
 from adflow.methods._memory import to_grid
 from adflow.methods._train import train
