@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from adflow._health import drift, exchangeability, kept_promises
 from adflow._regions import Curves, Region, add_curves, count_curve, lowest_level, outlined_regions, plain_regions
 from adflow.errors import InputError
 
@@ -41,10 +42,6 @@ _GROWTH_RATE = 1e-3
 _HIGHEST_OUTLINE = 2.0
 # Pixels kept while calibrations are merged, as a multiple of those above the growth level.
 _SPARE = 10
-# The promises whose realised values `health` reports.
-_WISHES = (0.1, 0.3, 1.0)
-# Fewer incoming images cannot tell a shift from one defect.
-DRIFT_IMAGES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,26 +282,6 @@ class Calibration:
         flagged = 0 if k == 0 else int(self._curves.flagged[k - 1])
         return {"images": self.n, "regions_per_image": total / self.n, "flagged_share": flagged / self.n}
 
-    def _leave_one_out(self, eps: float) -> Array | None:
-        """Return, per image, its regions above the threshold of the others; None when n is too small."""
-        if self.n < 2 or self.n < math.ceil(1 / eps - 1e-9):
-            return None
-        curves = self._curves
-        # Without any one image the sum is still above eps * n here: no threshold of the others lies lower.
-        bound = np.flatnonzero(curves.total - curves.largest > eps * self.n)
-        floor = curves.level[bound[0]] if len(bound) else -np.inf
-        keep = self.levels >= floor
-        levels, counts, owner = self.levels[keep], self.counts[keep], self._owner[keep]
-        realised = np.zeros(self.n)
-        for i in range(self.n):
-            others = owner != i
-            rest = add_curves(levels[others], counts[others], owner[others])
-            level = lowest_level(rest, (rest.total + np.maximum(1, rest.largest)) / self.n, eps)
-            own_levels, own_counts = self.curve(i)
-            k = int(np.sum(own_levels > (floor if level is None else level)))
-            realised[i] = own_counts[k - 1] if k else 0
-        return realised
-
     def health(self, fit_scores: Array | None = None) -> dict[str, Any]:
         """Return what can be said about the promises from the held-out images themselves.
 
@@ -316,21 +293,11 @@ class Calibration:
             "flagged": {eps: share of images flagged there}; "variance_over_mean" of those counts (1 = Poisson, more =
             false regions come in clumps) and "max_count" at the largest eps; and what :meth:`exchangeability` says.
         """
-        realised = {eps: self._leave_one_out(eps) for eps in _WISHES}
-        known = {eps: counts for eps, counts in realised.items() if counts is not None}
-        last = known[max(known)] if known else None
-        clumped = last is not None and last.mean() > 0
-        return {
-            "images": self.n,
-            "leave_one_out": {f"{eps:g}": round(float(c.mean()), 4) for eps, c in known.items()},
-            "flagged": {f"{eps:g}": round(float((c > 0).mean()), 4) for eps, c in known.items()},
-            "variance_over_mean": round(float(last.var() / last.mean()), 3) if clumped and last is not None else None,
-            "max_count": None if last is None else int(last.max()),
-            **self.exchangeability(fit_scores),
-        }
+        kept = kept_promises(self.levels, self.counts, self._owner, self._curves)
+        return {"images": self.n, **kept, **self.exchangeability(fit_scores)}
 
     def drift(self, image_scores: Array) -> dict[str, Any] | None:
-        """Compare incoming image scores with those of the held-out good images; None below ``DRIFT_IMAGES`` of them.
+        """Compare incoming image scores with those of the held-out good images; None below 8 of them.
 
         Returns:
             "images"; "auc": P(incoming score > held-out score), 0.5 = alike; "p_value" of the two-sided rank
@@ -339,25 +306,7 @@ class Calibration:
             "warning": a sentence when p < 0.01 and the AUC is off by more than 0.15, else None.
             Many defective images look like a shift: judge the warning on images that should be good.
         """
-        incoming = np.asarray(image_scores, dtype=np.float64)
-        if len(incoming) < DRIFT_IMAGES:
-            return None
-        auc, p_value = _rank_test(incoming, self.scores)
-        warning = None
-        if p_value < 0.01 and abs(auc - 0.5) > 0.15:
-            side = "higher" if auc > 0.5 else "lower"
-            consequence = "more false alarms than promised" if auc > 0.5 else "fewer detections than possible"
-            warning = (
-                f"these images score {side} than the held-out good ones (AUC {auc:.2f}, p = {p_value:.1g}); "
-                f"if most of them are good, expect {consequence}: run `adflow calibrate RUN FOLDER_OF_GOOD`"
-            )
-        return {
-            "images": len(incoming),
-            "auc": auc,
-            "p_value": p_value,
-            "below_median": float((incoming < np.median(self.scores)).mean()),
-            "warning": warning,
-        }
+        return drift(self.scores, np.asarray(image_scores, dtype=np.float64))
 
     def exchangeability(self, fit_scores: Array | None = None, blocks: int = 5) -> dict[str, Any]:
         """Check that held-out images are alike in file order, and like the fit images.
@@ -373,26 +322,7 @@ class Calibration:
             with p < 0.01 (capture sessions that differ mean that the next may differ too), one where the fit images
             score clearly *higher*: no method does that to images of one kind.
         """
-        from scipy.stats import kruskal
-
-        report: dict[str, Any] = {"blocks_p": None, "warnings": []}
-        parts = np.array_split(self.scores, min(blocks, self.n // 4)) if self.n >= 8 else []
-        if len(parts) >= 2 and np.ptp(self.scores) > 0:
-            report["blocks_p"] = float(kruskal(*parts).pvalue)
-            if report["blocks_p"] < 0.01:
-                report["warnings"].append(
-                    f"held-out good images differ from one part of the folder to the next (p = "
-                    f"{report['blocks_p']:.1g}): a promise made on them may not hold for the next session"
-                )
-        if fit_scores is not None:
-            auc, p_value = _rank_test(self.scores, np.asarray(fit_scores, dtype=np.float64))
-            report |= {"fit_auc": auc, "fit_p": p_value}
-            if auc < 0.35 and p_value < 0.01:
-                report["warnings"].append(
-                    f"images that were fitted on score higher than held-out ones (AUC {1 - auc:.2f}, p = "
-                    f"{p_value:.1g}): look for defects among the training images"
-                )
-        return report
+        return exchangeability(self.scores, fit_scores, blocks)
 
     def tensors(self) -> dict[str, Array]:
         """Return the arrays to store; :meth:`from_tensors` restores the same answers bit for bit."""
@@ -443,14 +373,3 @@ def _ceil(rate: float) -> str:
 def _highest(values: Array, count: int) -> Array:
     """Return the ``count`` highest values, in no order."""
     return values if len(values) <= count else np.partition(values, len(values) - count)[len(values) - count :]
-
-
-def _rank_test(a: Array, b: Array) -> tuple[float, float]:
-    """Return (P(a > b) + P(a = b) / 2, two-sided p-value of the rank test)."""
-    from scipy.stats import mannwhitneyu
-
-    if len(a) == 0 or len(b) == 0:
-        return 0.5, 1.0
-    result = mannwhitneyu(a, b)
-    p_value = float(result.pvalue)
-    return float(result.statistic) / (len(a) * len(b)), 1.0 if math.isnan(p_value) else p_value

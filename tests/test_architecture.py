@@ -23,6 +23,7 @@ PLUMBING = {
     "pipeline": ["bundle", "runs"],
     "report": ["_grid", "_page", "published"],
     "data": ["_lite", "_threads", "_weights"],
+    "calibration": ["_health"],
     "detector": ["_extract", "_reduce", "_rows"],
     "flows": ["_encoding", "_fused", "_originals", "_subnets"],
     "overlays": ["_drawing"],
