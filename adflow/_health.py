@@ -53,7 +53,7 @@ def _leave_one_out(levels: Array, counts: Array, owner: Array, curves: Curves, e
     for i in range(n):
         others = high_owner != i
         rest = add_curves(high[others], high_counts[others], high_owner[others])
-        level = lowest_level(rest, (rest.total + np.maximum(1, rest.largest)) / n, eps)
+        level = lowest_level(rest, rest.nfa(n - 1), eps)
         own = slice(*np.searchsorted(owner, [i, i + 1]))
         k = int(np.sum(levels[own] > (floor if level is None else level)))
         realised[i] = counts[own][k - 1] if k else 0

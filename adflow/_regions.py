@@ -199,10 +199,17 @@ class Curves:
     largest: Array
     flagged: Array
 
-    def at(self, t: Array) -> tuple[Array, Array]:
-        """Return (total, largest) at thresholds t."""
-        k = np.searchsorted(-self.level, -np.asarray(t, dtype=np.float64), side="left")
-        return np.append(0, self.total)[k], np.append(0, self.largest)[k]
+    def at(self, t: Array) -> Curves:
+        """Return the curves at thresholds t, in their order."""
+        t = np.asarray(t, dtype=np.float64)
+        k = np.searchsorted(-self.level, -t, side="left")
+        total, largest, flagged = (np.append(0, part)[k] for part in (self.total, self.largest, self.flagged))
+        return Curves(t, total, largest, flagged)
+
+    def nfa(self, n: int) -> Array:
+        """Return the NFA [K] that the curves of ``n`` held-out images give: see :mod:`adflow.calibration`."""
+        nfa: Array = (self.total + np.maximum(1, self.largest)) / (n + 1)
+        return nfa
 
 
 def add_curves(levels: Array, counts: Array, owner: Array) -> Curves:

@@ -186,13 +186,14 @@ class Calibration:
             raise InputError(f"--nfa is {eps}, expected a number of false regions per image above 0")
         self._enough(f"--nfa {eps:g}", eps)
         curves = self._curves
-        level = lowest_level(curves, (curves.total + np.maximum(1, curves.largest)) / (self.n + 1), eps)
+        nfa = curves.nfa(self.n)
+        level = lowest_level(curves, nfa, eps)
         # Where a curve was cut, the count of that image is not known any more.
         cut = self.levels[self.counts > self.max_count]
         if len(cut):
             return max(float(cut.max()), -math.inf if level is None else level)
         if level is None:
-            most = (curves.total[-1] + curves.largest[-1]) / (self.n + 1)
+            most = nfa[-1]
             raise InputError(
                 f"--nfa {eps:g} is more than maps of good images ever show ({most:.3g} regions per image)",
                 hint=f"Ask for less than {most:.3g}.",
@@ -230,8 +231,7 @@ class Calibration:
 
         Never below log10(1 / (n + 1)). Detecting where NFA <= eps is detecting above ``threshold(eps)``.
         """
-        total, largest = self._curves.at(peaks)
-        nfa: npt.NDArray[np.float64] = np.log10((total + np.maximum(1, largest)) / (self.n + 1))
+        nfa: npt.NDArray[np.float64] = np.log10(self._curves.at(peaks).nfa(self.n))
         return nfa
 
     def p_value(self, image_scores: Array) -> npt.NDArray[np.float64]:
@@ -277,10 +277,9 @@ class Calibration:
 
     def observed(self, threshold: float) -> dict[str, float]:
         """Return what the held-out images show at a level: images, regions_per_image, flagged_share."""
-        k = int(np.searchsorted(-self._curves.level, -threshold, side="left"))
-        total = 0 if k == 0 else int(self._curves.total[k - 1])
-        flagged = 0 if k == 0 else int(self._curves.flagged[k - 1])
-        return {"images": self.n, "regions_per_image": total / self.n, "flagged_share": flagged / self.n}
+        there = self._curves.at(np.array([threshold]))
+        regions, flagged = int(there.total[0]), int(there.flagged[0])
+        return {"images": self.n, "regions_per_image": regions / self.n, "flagged_share": flagged / self.n}
 
     def health(self, fit_scores: Array | None = None) -> dict[str, Any]:
         """Return what can be said about the promises from the held-out images themselves.
