@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
-from FrEIA.framework import SequenceINN
 from torch import Tensor, nn
 
+from adflow._subnets import SUBNET_GAIN
 from adflow.errors import UsageError
-from adflow.flows import SUBNET_GAIN, AllInOneBlock
+
+if TYPE_CHECKING:
+    from FrEIA.framework import SequenceINN
+
+    from adflow.flows import AllInOneBlock
 
 
 class FusedChain:
-    """The scoring pass of a :func:`chain`, the same function with less work; gradients are not kept.
+    """The scoring pass of a :func:`adflow.flows.chain`, the same function with less work; gradients are not kept.
 
     What differs from the FrEIA pass: the product of the condition with each first layer is done once (it is
     the same for every image), the factor 0.1 lies in the last layers, global scale, offset and rotation are
     one affine map, and the last mixing is left out: lengths do not change under it, ``z`` is equal up to it.
 
     Args:
-        flow: chain of :class:`AllInOneBlock` with :func:`linear_subnet` networks.
+        flow: chain of :class:`adflow.flows.AllInOneBlock` with :func:`adflow.flows.linear_subnet` networks.
         condition: [P, D], row p belongs to position p of every image; None for unconditional chains.
         dtype: of the matrix products; everything else stays in the weights' own precision.
     """
@@ -58,7 +65,28 @@ class FusedChain:
         return x, logdet
 
 
+class FusedChains:
+    """Fused chains by number, each made once for as long as its weights, their device and the precision stay."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[object, FusedChain]] = {}
+
+    def get(
+        self, number: int, flow: SequenceINN, condition: Callable[[], Tensor | None], dtype: torch.dtype | None
+    ) -> FusedChain:
+        """Return the chain of ``flow``; the rest as for :class:`FusedChain`, the condition made when it is needed."""
+        if torch.compiler.is_compiling():
+            return FusedChain(flow, condition(), dtype)
+        key = dtype, tuple((p.data_ptr(), p._version, p.device) for p in flow.parameters())
+        known = self._made.get(number)
+        if known is None or known[0] != key:
+            known = self._made[number] = key, FusedChain(flow, condition(), dtype)
+        return known[1]
+
+
 def _linear_layers(block: object) -> tuple[nn.Linear, nn.Linear]:
+    from adflow.flows import AllInOneBlock  # whoever has such a block has loaded it
+
     if isinstance(block, AllInOneBlock) and isinstance(block.subnet, nn.Sequential):
         first, last = block.subnet[0], block.subnet[-1]
         if isinstance(first, nn.Linear) and isinstance(last, nn.Linear):

@@ -10,6 +10,9 @@ from torch import nn
 
 Subnet = Callable[[int, int], nn.Module]
 
+# A sub-network's output is multiplied by this before it is used (FrEIA, AllInOneBlock: "for stability").
+SUBNET_GAIN = 0.1
+
 
 def linear_layer(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
     """Return ``nn.Linear`` with torch's default initialisation, drawn from ``generator``."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from adflow._encoding import log_likelihood, positional_encoding
 from adflow._originals import load_original
-from adflow._subnets import Subnet, conv_layer, conv_subnet, linear_layer, linear_subnet
+from adflow._subnets import SUBNET_GAIN, Subnet, conv_layer, conv_subnet, linear_layer, linear_subnet
 from adflow.errors import UsageError
 
 __all__ = [
@@ -51,8 +51,6 @@ ClampMode = Literal["tanh", "tanh_scaled"]
 Permutation = Literal["hard", "soft"]
 Dims = Sequence[Sequence[int]]
 
-# A sub-network's output is multiplied by this before it is used (FrEIA, AllInOneBlock: "for stability").
-SUBNET_GAIN = 0.1
 # Raw global scale whose activation 0.1 * softplus_{beta=0.5} is exactly 1: w = 2 ln(e^5 - 1).
 UNIT_SCALE = 2.0 * math.log(math.expm1(5.0))
 

@@ -65,6 +65,24 @@ def paper_schedule(passes: int, batches: int, steps: int) -> Callable[[int], flo
     return lambda step: paper_rate(int(step // steps * stretch), SUB_EPOCHS * batches)
 
 
+def image_batches(images: int, views: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield the rows [batch] of a bank that each batch of images takes, pass after pass without end.
+
+    A pass has the images in a new order, one of its views of each; what fills no batch is dropped.
+
+    Args:
+        images: how many there are.
+        views: rows per image.
+        batch: images a batch.
+        generator: draws order and views.
+    """
+    while True:
+        order = torch.randperm(images, generator=generator)
+        for k in range(images // batch):
+            view = torch.randint(views, (batch,), generator=generator)
+            yield order[k * batch : (k + 1) * batch] * views + view
+
+
 def fiber_steps(
     pyramid: Sequence[Tensor],
     codes: Sequence[Tensor],

@@ -205,3 +205,36 @@ class ContextWhitening(nn.Module):
 def _batches(rows: Rows, which: Sequence[int]) -> Iterator[Tensor]:
     for start in range(0, len(which), _BATCH):
         yield rows(which[start : start + _BATCH])
+
+
+def cross_fitted(
+    layer: ContextWhitening, rows: Rows, order: Tensor, *, views: int, folds: int, keep: int, parts: int
+) -> Tensor:
+    """Return z [n, P, C] of images, each whitened by a layer that learned from the other folds.
+
+    Args:
+        layer: learned from all images; the others are made like it, and it serves where there are too few for folds.
+        rows: features of the rows of a bank.
+        order: the images, in the order in which they are dealt to folds.
+        views: rows per image.
+        folds: into how many parts the images are cut, at least two images each.
+        keep: images of all folds together that are returned, about.
+        parts: folds that are whitened; 1 = the first only.
+    """
+    images = len(order)
+    folds = max(1, min(folds, images // 2))
+    pool: list[Tensor] = []
+    for fold in range(min(parts, folds)):
+        part, other = order, layer
+        if folds > 1:
+            part = order[fold::folds]
+            other = ContextWhitening(layer.mean.shape[1], layer.grid, layer.context, layer.shrinkage)
+            other.learn(rows, _with_views(order[~torch.isin(order, part)], views))
+        kept = _with_views(part[: -(-keep * len(part) // images)], views)
+        pool.extend(other(rows(kept[i : i + TOGETHER])) for i in range(0, len(kept), TOGETHER))
+    return torch.cat(pool)
+
+
+def _with_views(images: Tensor, views: int) -> list[int]:
+    """Return the rows of images."""
+    return [int(i) * views + v for i in images for v in range(views)]

@@ -35,31 +35,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adflow._encoding import log_likelihood, positional_encoding
+from adflow._fused import FusedChains
 from adflow.detector import Energy, FeatureDetector, ImageSource, Progress, Resources, as_source
 from adflow.errors import UsageError, unknown
 from adflow.features import FeatureBank
 from adflow.imaging import upsample
-from adflow.methods._cflow_paper import (
-    CLAMP,
-    FIBERS,
-    IMAGES,
-    META_EPOCHS,
-    RATE,
-    SIZES,
-    SUB_EPOCHS,
-    fiber_loss,
-    fiber_steps,
-    paper_schedule,
-    probability_map,
-    turned,
-)
-from adflow.methods._context import TOGETHER, ContextWhitening
+from adflow.methods import _cflow_paper as original
+from adflow.methods._context import TOGETHER, ContextWhitening, cross_fitted
 from adflow.methods._memory import common_grid, concatenate, keep_within, parse_bytes
 from adflow.methods._train import one_cycle, train
 from adflow.methods._whiten import chi_square_fit
 
 if TYPE_CHECKING:
-    from adflow._fused import FusedChain
     from adflow.backbones import Backbone
 
 # Float32 bytes of cross-fitted features kept for training; above, a random part of the images is used.
@@ -132,9 +119,9 @@ class CFlow(FeatureDetector):
             "blocks": 8,
             "width": 2.0,
             "loss": "logsigmoid",
-            "passes": META_EPOCHS * SUB_EPOCHS,
-            "fibers": FIBERS,
-            "lr": RATE,
+            "passes": original.META_EPOCHS * original.SUB_EPOCHS,
+            "fibers": original.FIBERS,
+            "lr": original.RATE,
             "clip": 0.0,
             "average": 0.0,
             "normaliser": "train",
@@ -162,13 +149,13 @@ class CFlow(FeatureDetector):
         position: int = 32,
         blocks: int = 4,
         width: float = 2.0,
-        clamp: float = CLAMP,
+        clamp: float = original.CLAMP,
         permutation: str = "soft",
         loss: str = "nll",
         passes: int = 0,
         steps: int = 300,
         fibers: int = 1024,
-        images: int = IMAGES,
+        images: int = original.IMAGES,
         lr: float = 1e-3,
         clip: float = 1.0,
         average: float = 0.0,
@@ -206,30 +193,14 @@ class CFlow(FeatureDetector):
         parse_bytes(max_memory)
         if views > 1 and not rotate:
             raise UsageError(f"views is {views} but rotate is 0", hint="Add --set rotate=5, or leave views out.")
-        self.joint = joint
-        self.whiten = whiten
-        self.context = context
-        self.shrinkage = shrinkage
-        self.folds = folds
-        self.position = position
-        self.blocks = blocks
-        self.width = width
-        self.clamp = clamp
-        self.permutation = permutation
-        self.loss = loss
-        self.passes = passes
-        self.steps = steps
-        self.fibers = fibers
-        self.images = images
-        self.lr = lr
-        self.clip = clip
-        self.average = average
-        self.normaliser = normaliser
-        self.rotate = rotate
-        self.views = views
+        self.joint, self.whiten, self.context, self.shrinkage, self.folds = joint, whiten, context, shrinkage, folds
+        self.position, self.blocks, self.width, self.clamp = position, blocks, width, clamp
+        self.permutation, self.loss = permutation, loss
+        self.passes, self.steps, self.fibers, self.images = passes, steps, fibers, images
+        self.lr, self.clip, self.average, self.normaliser = lr, clip, average, normaliser
+        self.rotate, self.views, self.max_memory = rotate, views, max_memory
         # Everything after the first layer goes image by image.
         self.at_once = TOGETHER if joint and whiten == "context" and normaliser == "none" else 1
-        self.max_memory = max_memory
 
     @property
     def learns_from_bank(self) -> bool:
@@ -240,8 +211,8 @@ class CFlow(FeatureDetector):
     def recipe_for(cls, recipe: str, class_: str | None = None) -> dict[str, Any]:
         """Return the settings of ``recipe``; "paper" has the original's input size per class."""
         found = super().recipe_for(recipe, class_)
-        if recipe == "paper" and class_ in SIZES:
-            found["size"] = SIZES[class_]
+        if recipe == "paper" and class_ in original.SIZES:
+            found["size"] = original.SIZES[class_]
         return found
 
     def prepare(
@@ -272,7 +243,7 @@ class CFlow(FeatureDetector):
         self.register_buffer("log_top_", torch.zeros(len(widths)))
         self.register_buffer("scale_", torch.ones(len(widths)))
         self.register_buffer("dof_", torch.tensor([float(width) for width in widths]))
-        self._fused: dict[tuple[Any, ...], FusedChain] = {}
+        self._fused = FusedChains()
 
     def _couplings(self, width: int, generator: torch.Generator) -> nn.Module:
         # Needed for couplings only, and FrEIA takes a second to import.
@@ -311,7 +282,7 @@ class CFlow(FeatureDetector):
             dtype=resources.dtype,
             workers=resources.workers,
             views=self.views,
-            augment=lambda image, generator: turned(image, self.rotate, generator),
+            augment=lambda image, generator: original.turned(image, self.rotate, generator),
             generator=torch.Generator().manual_seed(seed),
             progress=progress,
         ) as bank:
@@ -355,21 +326,10 @@ class CFlow(FeatureDetector):
         layer.learn(rows, range(len(bank)))
         images = len(bank) // bank.views
         order = torch.randperm(images, generator=generator)
-        folds = min(self.folds, images // 2)
-        per_image = layer.mean.numel() * 4 * bank.views
-        keep = max(2, min(images, self._pool_bytes() // per_image))
-        pool: list[Tensor] = []
+        keep = max(2, min(images, self._pool_bytes() // (layer.mean.numel() * 4 * bank.views)))
         # Without couplings one part is enough: it only says how large the energies of new images are.
-        for fold in range(max(1, folds) if self.blocks else 1):
-            part = order[fold::folds] if folds > 1 else order
-            rest = order[~torch.isin(order, part)] if folds > 1 else order
-            other = layer
-            if folds > 1:
-                other = ContextWhitening(layer.mean.shape[1], layer.grid, layer.context, self.shrinkage)
-                other.learn(rows, _views(rest, bank.views))
-            kept = _views(part[: -(-keep * len(part) // images)], bank.views)
-            pool.extend(other(rows(kept[i : i + TOGETHER])) for i in range(0, len(kept), TOGETHER))
-        return torch.cat(pool)
+        parts = self.folds if self.blocks else 1
+        return cross_fitted(layer, rows, order, views=bank.views, folds=self.folds, keep=keep, parts=parts)
 
     def _train_steps(
         self,
@@ -428,24 +388,20 @@ class CFlow(FeatureDetector):
         per_batch = [batch * grid[0] * grid[1] // self.fibers for grid in self.grids]
 
         def steps() -> Iterator[tuple[int, Tensor, Tensor | None]]:
-            while True:
-                order = torch.randperm(images, generator=generator)
-                for k in range(batches):
-                    view = torch.randint(bank.views, (batch,), generator=generator)
-                    rows = order[k * batch : (k + 1) * batch] * bank.views + view
-                    pyramid = self.inputs(bank.pyramid(rows))
-                    if self.first:
-                        pyramid = [
-                            layer(x).transpose(1, 2).unflatten(2, grid)
-                            for layer, x, grid in zip(self.first, pyramid, self.grids, strict=True)
-                        ]
-                    for head, vectors, code in fiber_steps(
-                        pyramid, codes, self.fibers, lambda n: torch.randperm(n, generator=generator)
-                    ):
-                        yield head, vectors, code if self.position else None
+            for rows in original.image_batches(images, bank.views, batch, generator):
+                pyramid = self.inputs(bank.pyramid(rows))
+                if self.first:
+                    pyramid = [
+                        layer(x).transpose(1, 2).unflatten(2, grid)
+                        for layer, x, grid in zip(self.first, pyramid, self.grids, strict=True)
+                    ]
+                for head, vectors, code in original.fiber_steps(
+                    pyramid, codes, self.fibers, lambda n: torch.randperm(n, generator=generator)
+                ):
+                    yield head, vectors, code if self.position else None
 
         per = max(1, sum(per_batch))
-        rate = paper_schedule(self.passes, batches, per)
+        rate = original.paper_schedule(self.passes, batches, per)
         self._train(steps(), max(1, self.passes * batches * per), rate, generator, progress, checkpoint)
 
     def _train(
@@ -460,7 +416,7 @@ class CFlow(FeatureDetector):
         def loss(batch: tuple[int, Tensor, Tensor | None]) -> Tensor:
             head, vectors, code = batch
             z, logdet = self.decoders[head](vectors, None if code is None else [code])
-            return fiber_loss(log_likelihood(z, logdet), vectors.shape[1], self.loss)
+            return original.fiber_loss(log_likelihood(z, logdet), vectors.shape[1], self.loss)
 
         train(
             self.decoders,
@@ -503,29 +459,18 @@ class CFlow(FeatureDetector):
         """Return log p / C [B, P] and the squared length of the latent [B, P] of decoder inputs [B, P, C]."""
         layer = self.first[head] if self.first else None
         start = layer.logdet if isinstance(layer, ContextWhitening) else z.new_zeros(z.shape[1])
+        chain = None
+        if self.blocks:
+            dtype = torch.bfloat16 if getattr(self.backbone, "precision", "") == "bf16" else None
+            chain = self._fused.get(head, self.decoders[head], lambda: self.codes()[head], dtype)
         found = []
         for one in z:
             one = one.clone()  # on an allocator boundary: matrix kernels may choose their path by the address
-            latent, logdet = self._chain(head)(one) if self.blocks else (one, torch.zeros_like(start))
+            latent, logdet = chain(one) if chain else (one, torch.zeros_like(start))
             energy = latent.square().sum(1)
             likelihood = logdet + start - 0.5 * (z.shape[2] * math.log(2 * math.pi) + energy)
             found.append((likelihood / z.shape[2], energy))
         return torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found])
-
-    def _chain(self, head: int) -> FusedChain:
-        """Return the fused decoder; made once for as long as weights, device and precision stay."""
-        decoder = self.decoders[head]
-        dtype = torch.bfloat16 if getattr(self.backbone, "precision", "") == "bf16" else None
-        versions = tuple((p.data_ptr(), p._version) for p in decoder.parameters())
-        key = (head, dtype, self.log_top_.device, versions)
-        from adflow._fused import FusedChain
-
-        if torch.compiler.is_compiling():
-            return FusedChain(decoder, self.codes()[head], dtype)
-        if key not in self._fused:
-            self._fused = {k: v for k, v in self._fused.items() if k[0] != head}
-            self._fused[key] = FusedChain(decoder, self.codes()[head], dtype)
-        return self._fused[key]
 
     def likelihoods(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
         """Return log p / C [B, h, w] of each decoder."""
@@ -551,7 +496,7 @@ class CFlow(FeatureDetector):
         if self.normaliser == "none":
             return super().score_maps(pyramid, size)
         likelihoods = self.likelihoods(pyramid)
-        maps = len(likelihoods) - probability_map(likelihoods, size, list(self.log_top_))
+        maps = len(likelihoods) - original.probability_map(likelihoods, size, list(self.log_top_))
         return upsample(maps, size, self.sigma(size)) if self.smooth else maps
 
     def energy_features(self, pyramid: list[Tensor]) -> list[Energy]:
@@ -561,7 +506,3 @@ class CFlow(FeatureDetector):
             energy = self._through(self._first(x, k), k)[1].reshape(len(x), *self.grids[k])
             found.append(Energy(energy * self.scale_[k], float(self.dof_[k])))
         return sorted(found, key=lambda e: -e.chi2[0].numel())
-
-
-def _views(images: Tensor, views: int) -> list[int]:
-    return [int(i) * views + v for i in images for v in range(views)]
