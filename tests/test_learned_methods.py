@@ -14,12 +14,13 @@ from adflow.detector import Resources
 from adflow.detector_file import load_detector, save_detector
 from adflow.errors import InputError, UsageError
 from adflow.features import FeatureBank
-from adflow.methods import cutpaste, patchsvdd
+from adflow.methods import _patch_pairs, cutpaste
+from adflow.methods._patch_nets import Direction, Encoder, LargeEncoder, covering
 from adflow.methods._rebuild import PositionCodes, components
 from adflow.methods.cavga import CAVGA, attention_map
 from adflow.methods.cutpaste import CutPaste, cut_paste, ledoit_wolf, scar
 from adflow.methods.dfr import DFR, Autoencoder, aligned_matrix, joining
-from adflow.methods.patchsvdd import Direction, Encoder, LargeEncoder, PatchSVDD, covering
+from adflow.methods.patchsvdd import PatchSVDD
 from adflow.methods.pefm import PEFM, LinearMaps
 from adflow.tasks._bank import can_share
 
@@ -259,16 +260,15 @@ def test_the_last_layer_of_the_direction_classifier_trains() -> None:
 
 
 def test_pairs_of_patches_lie_in_the_direction_they_are_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patchsvdd, "_RGB_SHIFT", 0.0)
-    monkeypatch.setattr(patchsvdd, "_NOISE", 0.0)
-    detector = PatchSVDD(PixelBackbone(), net="deep", patch=16, batch=200)
-    detector.prepare([3], [(64, 64)], (64, 64), torch.Generator())
+    monkeypatch.setattr(_patch_pairs, "_RGB_SHIFT", 0.0)
+    monkeypatch.setattr(_patch_pairs, "_NOISE", 0.0)
     # A picture whose red and green are row and column: a patch says where it was cut.
     place = torch.arange(64.0)
     picture = torch.stack([place[:, None].expand(64, 64), place[None].expand(64, 64), torch.zeros(64, 64)])
-    first, second, direction = detector._neighbours(picture[None], 16, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    first, second, direction = _patch_pairs.neighbours(picture[None], torch.zeros(3, 64, 64), 16, 200, generator)
     moved = (second - first)[:, :2, 0, 0]
-    step = torch.tensor(patchsvdd._DIRECTIONS)[direction]
+    step = torch.tensor(_patch_pairs.DIRECTIONS)[direction]
     far = step != 0
     assert (moved[far] * step[far] >= 12).all() and (moved[far] * step[far] < 16).all()
     assert (moved[~far].abs() <= 4).all()
@@ -294,7 +294,7 @@ def test_pairs_of_cells_lie_in_the_direction_they_are_said_to(tiny_backbone: Bac
     large, small = detector._draw(Places(), torch.Generator().manual_seed(1))  # type: ignore[arg-type]
     for (first, second, direction, one, other), apart in ((large, 4), (small, 1)):
         # Averaged onto the coarse grid, neighbouring cells are 4 fine ones apart.
-        assert torch.equal(second - first, apart * torch.tensor(patchsvdd._DIRECTIONS)[direction].float())
+        assert torch.equal(second - first, apart * torch.tensor(_patch_pairs.DIRECTIONS)[direction].float())
         assert torch.equal(first, one) and torch.equal(second, other)
 
 

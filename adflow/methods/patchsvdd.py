@@ -37,7 +37,6 @@ Decisions where paper and code differ, and what is not repeated:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -49,6 +48,8 @@ from torch import Tensor, nn
 from adflow.detector import FeatureDetector, Progress
 from adflow.errors import InputError, UsageError, unknown
 from adflow.methods._memory import choose_rows, common_grid, concatenate, half_norms, nearest, random_projection
+from adflow.methods._patch_nets import Direction, Encoder, LargeEncoder, covering
+from adflow.methods._patch_pairs import Pairs, cell_pairs, patch_pairs
 from adflow.methods._train import one_cycle, train
 from adflow.methods._whiten import Moments, whitening
 
@@ -56,15 +57,9 @@ if TYPE_CHECKING:
     from adflow.backbones import Backbone
     from adflow.features import FeatureBank
 
-# (row, column) of the second patch's direction, as the classifier numbers them.
-_DIRECTIONS = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))
-_RGB_SHIFT, _NOISE = 0.02, 0.02  # of images in [0, 1]: code, position task
 _HELD = 60_000  # embeddings a bank is chosen from
 _IMAGES = 16  # images a step's cells are drawn from
 _SIZES = ("large", "small")
-
-# First and second patch of the position task, the direction, and the two patches of the SVDD loss.
-_Pairs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class PatchSVDD(FeatureDetector):
@@ -204,11 +199,11 @@ class PatchSVDD(FeatureDetector):
         tell = nn.ModuleList(Direction(length) for length in lengths)
         trained = nn.ModuleList([*encoders, tell])
 
-        def batches() -> Iterator[list[_Pairs]]:
+        def batches() -> Iterator[list[Pairs]]:
             while True:
                 yield self._draw(bank, generator)
 
-        def loss(batch: list[_Pairs]) -> Tensor:
+        def loss(batch: list[Pairs]) -> Tensor:
             total = torch.zeros(())
             for encode, classify, (first, second, direction, one, other) in zip(encoders, tell, batch, strict=True):
                 total = total + F.cross_entropy(classify(encode(first) - encode(second)), direction)
@@ -263,27 +258,14 @@ class PatchSVDD(FeatureDetector):
             encoders.append(encoder)
         return encoders
 
-    def _draw(self, bank: FeatureBank, generator: torch.Generator) -> list[_Pairs]:
+    def _draw(self, bank: FeatureBank, generator: torch.Generator) -> list[Pairs]:
         """Return a step's pairs for large patches and for small ones."""
         if self.net == "deep":
             pixels = bank.level(0)
-            return [
-                (*self._neighbours(pixels, k, generator), *self._jittered(pixels, k, generator))
-                for k in (self.patch, self.patch // 2)
-            ]
+            sides = (self.patch, self.patch // 2)
+            return [patch_pairs(pixels, self.average_, k, self.batch, generator) for k in sides]
         pyramid = bank.pyramid(torch.randint(len(bank), (min(_IMAGES, self.batch),), generator=generator))
-        drawn: list[_Pairs] = []
-        for name in _SIZES:
-            cells = self._embed(pyramid, name)  # [n, D, rows, columns]
-            which = torch.arange(self.batch) % len(cells)
-            direction = torch.randint(len(_DIRECTIONS), (self.batch,), generator=generator)
-            step = torch.tensor(_DIRECTIONS)[direction]  # [batch, 2]
-            # Where the first cell may lie so that the second lies on the grid.
-            low, room = (-step).clamp(min=0), torch.tensor(self.grids[name]) - step.abs()
-            a = low + (torch.rand(self.batch, 2, generator=generator) * room).long()
-            first, second = (cells[which, :, at[:, 0], at[:, 1]] for at in (a, a + step))
-            drawn.append((first, second, direction, first, second))
-        return drawn
+        return [cell_pairs(self._embed(pyramid, name), self.batch, generator) for name in _SIZES]
 
     @torch.no_grad()
     def _candidates(self, bank: FeatureBank, name: str, generator: torch.Generator) -> Tensor:
@@ -296,48 +278,6 @@ class PatchSVDD(FeatureDetector):
                 rows = rows[torch.randperm(len(rows), generator=generator)[:keep]]
             found.append(rows)
         return torch.cat(found)
-
-    def _crop(self, pixels: Tensor, which: Tensor, at: Tensor, k: int) -> Tensor:
-        """Return patches [n, 3, k, k] less the mean image, upper left corners ``at`` [n, 2]."""
-        span = torch.arange(k)
-        rows, columns = (at[:, :1] + span)[:, None, :, None], (at[:, 1:] + span)[:, None, None, :]
-        colours = torch.arange(3)[None, :, None, None]
-        patches = pixels[which[:, None, None, None], colours, rows, columns].float()
-        return patches - self.average_[colours, rows, columns]
-
-    def _neighbours(self, pixels: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw pairs of patches, the second at 3k/4 to k from the first in one of 8 directions: pair and direction."""
-        n = self.batch
-        which = torch.randint(len(pixels), (n,), generator=generator)
-        direction = torch.randint(len(_DIRECTIONS), (n,), generator=generator)
-        step = torch.tensor(_DIRECTIONS)[direction]  # [n, 2]
-        # A step of 0 is jittered too, by up to a quarter of the patch either way.
-        far = 3 * k // 4 + torch.randint(max(1, k // 4), (n, 2), generator=generator)
-        near = torch.randint(-(k // 4), k // 4 + 1, (n, 2), generator=generator)
-        offset = torch.where(step == 0, near, step * far)
-        room = torch.tensor(pixels.shape[2:]) - k
-        low, high = (-offset).clamp(min=0), room - offset.clamp(min=0)
-        share = torch.rand(n, 2, generator=generator)
-        first = low + (share * (high - low + 1)).long()
-        first = torch.minimum(first.clamp(min=0), room)
-        second = torch.minimum((first + offset).clamp(min=0), room)
-        pair = []
-        for at in (first, second):
-            patch = self._crop(pixels, which, at, k)
-            # Colours of the two must not give the direction away (chromatic aberration, shading).
-            patch = patch + _RGB_SHIFT * torch.randn(n, 3, 1, 1, generator=generator)
-            pair.append(patch + _NOISE * torch.randn(patch.shape, generator=generator))
-        return pair[0], pair[1], direction
-
-    def _jittered(self, pixels: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw pairs of patches that lie up to a few pixels (k/32, at least 1) apart each way."""
-        n, reach = self.batch, max(1, k // 32)
-        which = torch.randint(len(pixels), (n,), generator=generator)
-        room = torch.tensor(pixels.shape[2:]) - k
-        first = (torch.rand(n, 2, generator=generator) * (room + 1)).long()
-        offset = torch.randint(-reach, reach + 1, (n, 2), generator=generator)
-        second = torch.minimum((first + offset).clamp(min=0), room)
-        return self._crop(pixels, which, first, k), self._crop(pixels, which, second, k)
 
     # --- score ----------------------------------------------------------------------------------------------
 
@@ -373,83 +313,3 @@ class PatchSVDD(FeatureDetector):
             else:
                 maps.append(F.interpolate(distance, self.grids["small"], mode="bilinear", align_corners=False)[:, 0])
         return maps[0] * maps[1]
-
-
-def covering(distance: Tensor, k: int, stride: int, size: tuple[int, int]) -> Tensor:
-    """Return for each pixel [B, *size] the mean over the patches that cover it; borders repeat where none does.
-
-    ``distance`` [B, 1, rows, columns] holds one number per patch of ``k`` pixels, every ``stride`` pixels.
-    """
-    kernel = torch.ones(1, 1, k, k)
-    total = F.conv_transpose2d(distance, kernel, stride=stride)
-    count = F.conv_transpose2d(torch.ones_like(distance), kernel, stride=stride)
-    mean = total / count
-    rest = (0, size[1] - mean.shape[3], 0, size[0] - mean.shape[2])
-    return F.pad(mean, rest, mode="replicate")[:, 0]
-
-
-class Encoder(nn.Module):
-    """Patches [n, 3, k, k] to embeddings [n, D] in (-1, 1): the code's 8 convolutions for k = 32.
-
-    3x3 convolutions without padding, the first of stride 2: 32 pixels shrink to 1 in eight of them; patches of 16 or 8
-    pixels need fewer. LeakyReLU 0.1 between, tanh at the end.
-    """
-
-    def __init__(self, k: int, dimension: int, channels: float) -> None:
-        super().__init__()
-        left = (k - 3) // 2 + 1
-        depth = 1 + max(1, math.ceil((left - 1) / 2)) if left > 1 else 1
-        widths = [max(4, round(c * channels)) for c in (32, 64, 128, 128, 64, 32, 32)]
-        # The widest layers stay when the net is shorter.
-        chosen = [*widths[: max(1, depth - 1)]] if depth - 1 <= 7 else [*widths, *[widths[-1]] * (depth - 8)]
-        layers: list[nn.Module] = []
-        inputs = 3
-        for i in range(depth):
-            last = i == depth - 1
-            outputs = dimension if last else chosen[i]
-            side = min(3, left) if i else 3
-            layers.append(nn.Conv2d(inputs, outputs, side, stride=1 if i else 2))
-            left = left if i == 0 else left - side + 1
-            layers.append(nn.Tanh() if last else nn.LeakyReLU(0.1))
-            inputs = outputs
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the embeddings."""
-        embedded: Tensor = self.layers(x)
-        return embedded.flatten(1)
-
-
-class LargeEncoder(nn.Module):
-    """Patches [n, 3, 2k, 2k] to embeddings: the four quarters through an :class:`Encoder`, joined by a 2x2 layer."""
-
-    def __init__(self, small: Encoder, dimension: int) -> None:
-        super().__init__()
-        self.small = small
-        self.join = nn.Conv2d(dimension, 128, 2)
-        self.last = nn.Conv2d(128, dimension, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the embeddings."""
-        n, _, side, _ = x.shape
-        k = side // 2
-        quarters = x.reshape(n, 3, 2, k, 2, k).permute(0, 2, 4, 1, 3, 5).reshape(4 * n, 3, k, k)
-        embedded = self.small(quarters).reshape(n, 2, 2, -1).permute(0, 3, 1, 2)
-        joined: Tensor = self.last(F.leaky_relu(self.join(embedded), 0.1)).tanh()
-        return joined.flatten(1)
-
-
-class Direction(nn.Module):
-    """The classifier of 8 directions on a difference of embeddings: D -> 128 -> 128 -> 8.
-
-    Rows of the last layer have unit length and do train; the original's do not.
-    """
-
-    def __init__(self, dimension: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(dimension, 128), nn.LeakyReLU(0.1), nn.Linear(128, 128), nn.LeakyReLU(0.1))
-        self.last = nn.Linear(128, len(_DIRECTIONS), bias=False)
-
-    def forward(self, difference: Tensor) -> Tensor:
-        """Return logits [n, 8]."""
-        return F.linear(self.body(difference), F.normalize(self.last.weight, dim=1))
