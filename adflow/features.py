@@ -291,12 +291,12 @@ def _plan(
 
 @dataclass(frozen=True)
 class Resources:
-    """What a fit may use; never part of the configuration, never changes the result.
+    """What a fit may use; never part of the configuration. Nothing but ``dtype`` changes the result.
 
     Attributes:
         memory: bytes the feature bank may hold in RAM before it moves to a file.
         folder: where that file goes; None = the system's temporary folder.
-        dtype: storage type of features: "float32" (exact), "float16" or "bfloat16".
+        dtype: storage type of features: "float32" (exact), "float16" or "bfloat16" (rounded).
         workers: images that pass the backbone at once on a CPU; None = the cores, at most 8.
         checkpoint: file for the state of an interrupted fit, or None.
         spread: makes a bank of images whose features lie elsewhere, such as on the nodes of a cluster, from a backbone,
@@ -312,9 +312,21 @@ class Resources:
     spread: Callable[[Backbone, ImageSource, str, Progress | None], FeatureBank] | None = None
     bank: FeatureBank | None = None
 
-    def build(self, backbone: Backbone, images: ImageSource, progress: Progress | None = None) -> FeatureBank:
-        """Pass every image through ``backbone`` once; return the features, which the caller closes."""
-        if self.spread is not None:
+    def build(
+        self,
+        backbone: Backbone,
+        images: ImageSource,
+        progress: Progress | None = None,
+        *,
+        views: int = 1,
+        augment: Augment | None = None,
+        generator: torch.Generator | None = None,
+    ) -> FeatureBank:
+        """Return the features of all images, which the caller closes; arguments as in :meth:`FeatureBank.build`.
+
+        Views, and images that cannot be divided among processes, are made here even where ``spread`` is set.
+        """
+        if self.spread is not None and augment is None and isinstance(images, Divisible):
             return self.spread(backbone, images, self.dtype, progress)
         return FeatureBank.build(
             backbone,
@@ -322,6 +334,9 @@ class Resources:
             memory=self.memory,
             folder=self.folder,
             dtype=self.dtype,
+            views=views,
+            augment=augment,
+            generator=generator,
             workers=self.workers,
             progress=progress,
         )

@@ -9,7 +9,7 @@ import torch
 from conftest import TinyImages, make_tiny_images
 
 from adflow.backbones import Backbone, PyramidBackbone
-from adflow.detector import Detector, FeatureDetector
+from adflow.detector import Detector, FeatureDetector, Resources
 from adflow.errors import AdflowError, InputError, UsageError
 from adflow.methods import _flow_maps
 from adflow.methods._pooled_flow import PooledFlow, pool
@@ -287,6 +287,16 @@ def test_differnet_looks_at_turned_copies(views: int, tiny_backbone: Backbone) -
     turned = detector.score(torch.rot90(images.defective, 1, (2, 3))).image
     assert torch.allclose(scores, turned, rtol=1e-4)
     assert scores > 2 * detector.score(images.normal).image.max()
+
+
+def test_differnet_keeps_features_in_the_type_it_is_told(tiny_backbone: Backbone, images: TinyImages) -> None:
+    exact, rounded = (
+        tiny(DifferNet, tiny_backbone, epochs=0).fit(images.normal, resources=Resources(dtype=dtype)).mean
+        for dtype in ("float32", "bfloat16")
+    )
+    assert not torch.equal(exact, rounded)
+    # bfloat16 has 8 bits: each vector is off by 2^-9 of itself, and so is no mean by more than that of the largest.
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=2**-8 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("localise", ["features", "gradient"])

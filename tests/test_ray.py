@@ -105,7 +105,7 @@ def test_images_and_units_are_those_of_one_process_and_a_lost_node_costs_its_own
 
     # A fit: what is learned of parts on the nodes is what is learned of the same parts here, and so is the calibration.
     monkeypatch.setattr(features, "PART", 7)
-    for name in ("padim", "patchcore", "local"):
+    for name in ("padim", "patchcore", "local", "differnet", "cutpaste"):
         found = []
         for spread in (None, there.bank):
             detector = methods.get(name)(TinyBackbone())

@@ -38,7 +38,6 @@ from adflow._encoding import log_likelihood, positional_encoding
 from adflow._fused import FusedChains
 from adflow.detector import Energy, FeatureDetector, ImageSource, Progress, Resources, as_source
 from adflow.errors import UsageError, unknown
-from adflow.features import FeatureBank
 from adflow.imaging import upsample
 from adflow.methods import _cflow_paper as original
 from adflow.methods._context import TOGETHER, ContextWhitening, cross_fitted
@@ -48,6 +47,7 @@ from adflow.methods._whiten import chi_square_fit
 
 if TYPE_CHECKING:
     from adflow.backbones import Backbone
+    from adflow.features import FeatureBank
 
 # Float32 bytes of cross-fitted features kept for training; above, a random part of the images is used.
 POOL_BYTES = 512 << 20
@@ -274,17 +274,13 @@ class CFlow(FeatureDetector):
         if not self.rotate:
             return super().fit(images, seed=seed, resources=resources, progress=progress)
         resources = resources or Resources()
-        with FeatureBank.build(
+        with resources.build(
             self.backbone,
             as_source(images),
-            memory=resources.memory,
-            folder=resources.folder,
-            dtype=resources.dtype,
-            workers=resources.workers,
+            progress,
             views=self.views,
             augment=lambda image, generator: original.turned(image, self.rotate, generator),
             generator=torch.Generator().manual_seed(seed),
-            progress=progress,
         ) as bank:
             return self.fit_bank(bank, seed=seed, progress=progress, checkpoint=resources.checkpoint)
 

@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from adflow._clock import stage
 from adflow.detector import FeatureDetector, ImageSource, Progress, Resources, Scores, as_source
 from adflow.errors import InputError, UsageError, unknown
-from adflow.features import FeatureBank
 from adflow.imaging import Box
 from adflow.methods._memory import common_grid, concatenate
 from adflow.methods._spatial import PositionWhitening
@@ -54,6 +53,7 @@ from adflow.methods._whiten import inverse_factor
 
 if TYPE_CHECKING:
     from adflow.backbones import Backbone
+    from adflow.features import FeatureBank
 
 # Section 2.2 and appendix: a patch takes 2 to 15 % of the image, with sides in a ratio of up to 1 : 3.3; a scar is 2
 # to 16 pixels wide, 10 to 25 long, turned by up to 45 degrees; colours change by up to a tenth.
@@ -181,15 +181,7 @@ class CutPaste(FeatureDetector):
                 first = self._images[0][None].float() / 255
                 return super().fit(first, seed=seed, resources=replace(resources, bank=None), progress=progress)
             self._changed = _Changed(source, self.views, torch.Generator().manual_seed(seed))
-            with FeatureBank.build(
-                self.backbone,
-                self._changed,
-                memory=resources.memory,
-                folder=resources.folder,
-                dtype=resources.dtype,
-                workers=resources.workers,
-                progress=progress,
-            ) as self._changed.bank:
+            with resources.build(self.backbone, self._changed, progress) as self._changed.bank:
                 return super().fit(source, seed=seed, resources=resources, progress=progress)
         finally:
             self._changed, self._images = None, []

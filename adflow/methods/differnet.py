@@ -46,7 +46,6 @@ from torch import Tensor
 from adflow.backbones import Backbone
 from adflow.detector import Detector, ImageSource, Progress, Resources, Scores, as_source
 from adflow.errors import InputError, unknown
-from adflow.features import FeatureBank
 from adflow.imaging import Box, upsample
 from adflow.methods._pooled_flow import PooledFlow, pool, pooled_loss
 from adflow.methods._train import one_cycle, train
@@ -254,16 +253,13 @@ class DifferNet(Detector):
             return self.turned(image, share * self.degrees)
 
         angles = [0.0] if self.views else self.angles()
-        with FeatureBank.build(
+        with resources.build(
             PooledTurns(self.backbone, angles, FILLS[self.fill]),
             images,
-            memory=resources.memory,
-            folder=resources.folder,
-            workers=resources.workers,
+            progress,
             views=max(1, self.views),
             augment=augment if self.views else None,
             generator=generator if self.views else None,
-            progress=progress,
         ) as bank:
             self.size = bank.size
             return torch.stack([bank.level(i).float().flatten(1) for i in range(len(angles))])
