@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from adflow._clock import Progress, stage
 from adflow._reduce import reduce_map
-from adflow.errors import InputError, unknown
+from adflow.errors import InputError, UsageError, unknown
 from adflow.features import FeatureBank, ImageSource, Resources, as_source
 from adflow.imaging import Box, upsample
 
@@ -264,9 +264,9 @@ class FeatureDetector(Detector):
         if image_score not in ("max", "top1"):
             raise unknown("image_score", str(image_score), ["max", "top1"])
         if not 0 <= margin < 0.5:
-            raise InputError(f"margin is {margin}, expected a share in [0, 0.5)")
+            raise UsageError(f"margin is {margin}, expected a share in [0, 0.5)")
         if smooth < 0:
-            raise InputError(f"smooth is {smooth}, expected a sigma in pixels >= 0")
+            raise UsageError(f"smooth is {smooth}, expected a sigma in pixels >= 0")
         self.smooth = smooth
         self.image_score = image_score
         self.margin = margin

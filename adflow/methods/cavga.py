@@ -43,8 +43,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adflow.detector import FeatureDetector, Progress
-from adflow.errors import InputError, UsageError, unknown
 from adflow.imaging import Box, upsample
+from adflow.methods._checks import at_least, fraction, need_pixels, one_of
 from adflow.methods._memory import common_grid, concatenate
 from adflow.methods._rebuild import PositionCodes
 from adflow.methods._train import train
@@ -108,16 +108,10 @@ class CAVGA(FeatureDetector):
         **base: Any,
     ) -> None:
         super().__init__(backbone, **base)
-        if net not in ("linear", "deep"):
-            raise unknown("net", net, ["linear", "deep"])
-        if not 0 < shrinkage <= 1:
-            raise UsageError(f"shrinkage is {shrinkage}, expected more than 0 and at most 1")
-        for name, number, lowest in (
-            ("depth", depth, 1), ("width", width, 1), ("latent", latent, 1), ("steps", steps, 0),
-            ("batch", batch, 1), ("attention", attention, 0), ("adversarial", adversarial, 0), ("kl", kl, 0),
-        ):  # fmt: skip
-            if number < lowest:
-                raise UsageError(f"{name} is {number}, expected at least {lowest}")
+        one_of("net", net, ("linear", "deep"))
+        fraction(shrinkage=shrinkage)
+        at_least(0, steps=steps, attention=attention, adversarial=adversarial, kl=kl)
+        at_least(1, depth=depth, width=width, latent=latent, batch=batch)
         self.net, self.latent, self.shrinkage, self.depth, self.width = net, latent, shrinkage, depth, width
         self.attention, self.adversarial, self.kl = attention, adversarial, kl
         self.steps, self.batch, self.lr = steps, batch, lr
@@ -134,11 +128,7 @@ class CAVGA(FeatureDetector):
             self.grid = common_grid(grids, "coarsest")
             self.code = PositionCodes(self.grid[0] * self.grid[1], sum(channels))
             return
-        if channels != [3] or grids != [size]:
-            raise InputError(
-                f"the deep net learns from pixels, found features of {self.backbone.name}",
-                hint="Use --backbone pixels, or --set net=linear.",
-            )
+        need_pixels(self.backbone.name, channels, grids, size)
         step = 2**self.depth
         # The nearest size that halves exactly.
         self.seen = (max(1, round(size[0] / step)) * step, max(1, round(size[1] / step)) * step)

@@ -37,9 +37,10 @@ from torch import Tensor, nn
 from adflow._encoding import log_likelihood, positional_encoding
 from adflow._fused import FusedChains
 from adflow.detector import Energy, FeatureDetector, ImageSource, Progress, Resources, as_source
-from adflow.errors import UsageError, unknown
+from adflow.errors import UsageError
 from adflow.imaging import upsample
 from adflow.methods import _cflow_paper as original
+from adflow.methods._checks import at_least, fraction, one_of
 from adflow.methods._context import TOGETHER, ContextWhitening, cross_fitted
 from adflow.methods._memory import common_grid, concatenate, keep_within, parse_bytes
 from adflow.methods._train import one_cycle, train
@@ -166,30 +167,15 @@ class CFlow(FeatureDetector):
         **base: Any,
     ) -> None:
         super().__init__(backbone, **base)
-        for name, value, known in (
-            ("whiten", whiten, ("context", "none")),
-            ("loss", loss, ("nll", "logsigmoid")),
-            ("permutation", permutation, ("soft", "hard")),
-            ("normaliser", normaliser, ("train", "none")),
-        ):
-            if value not in known:
-                raise unknown(name, value, known)
-        if not 0 < shrinkage <= 1:
-            raise UsageError(f"shrinkage is {shrinkage}, expected more than 0 and at most 1")
+        one_of("whiten", whiten, ("context", "none"))
+        one_of("loss", loss, ("nll", "logsigmoid"))
+        one_of("permutation", permutation, ("soft", "hard"))
+        one_of("normaliser", normaliser, ("train", "none"))
+        fraction(shrinkage=shrinkage)
+        at_least(0, blocks=blocks, context=context, steps=steps, passes=passes)
+        at_least(1, folds=folds, fibers=fibers, images=images, views=views)
         if position < 0 or position % 4:
             raise UsageError(f"position is {position}, expected a multiple of 4, or 0 for an unconditional flow")
-        for name, number, lowest in (
-            ("blocks", blocks, 0),
-            ("context", context, 0),
-            ("folds", folds, 1),
-            ("steps", steps, 0),
-            ("passes", passes, 0),
-            ("fibers", fibers, 1),
-            ("images", images, 1),
-            ("views", views, 1),
-        ):
-            if number < lowest:
-                raise UsageError(f"{name} is {number}, expected at least {lowest}")
         parse_bytes(max_memory)
         if views > 1 and not rotate:
             raise UsageError(f"views is {views} but rotate is 0", hint="Add --set rotate=5, or leave views out.")

@@ -37,10 +37,11 @@ import torch.nn.functional as F
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 
-from adflow.errors import InputError, unknown
+from adflow.errors import InputError, UsageError
 from adflow.flows import conv_layer, soft_clamp
 from adflow.flows import load_original as load_strictly
 from adflow.imaging import Box, upsample
+from adflow.methods._checks import at_least, one_of
 from adflow.methods._flow_maps import JOINS, MapFlow, Scale, brought_to, density_maps, scales
 from adflow.methods._spatial import NORMS
 
@@ -130,20 +131,16 @@ class CSFlow(MapFlow):
         **common: Any,
     ) -> None:
         super().__init__(backbone, **common)
-        for name, value, known in (
-            ("join", join, ("image", *JOINS)),
-            ("norm", norm, NORMS),
-            ("score_by", score_by, ("energy", "density")),
-            ("map_scales", map_scales, ("all", "finest")),
-            ("image_by", image_by, ("mean", "map")),
-        ):
-            if value not in known:
-                raise unknown(name, value, known)
+        one_of("join", join, ("image", *JOINS))
+        one_of("norm", norm, NORMS)
+        one_of("score_by", score_by, ("energy", "density"))
+        one_of("map_scales", map_scales, ("all", "finest"))
+        one_of("image_by", image_by, ("mean", "map"))
         self.kernels = tuple(int(kernel) for kernel in kernels)
         if not self.kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in self.kernels):
-            raise InputError(f"kernels are {self.kernels}, expected odd sides of convolutions, one per block")
-        if hidden < 1 or epochs < 0 or batch < 1:
-            raise InputError(f"hidden {hidden}, epochs {epochs}, batch {batch}: expected >= 1, >= 0, >= 1")
+            raise UsageError(f"kernels are {self.kernels}, expected odd sides of convolutions, one per block")
+        at_least(0, epochs=epochs)
+        at_least(1, hidden=hidden, batch=batch)
         self.hidden, self.clamp, self.join, self.norm, self.shrinkage = hidden, clamp, join, norm, shrinkage
         self.epochs, self.batch, self.lr, self.warm = epochs, batch, lr, warm
         self.eps, self.weight_decay, self.clip = eps, weight_decay, clip

@@ -44,8 +44,9 @@ from torch import Tensor, nn
 
 from adflow._clock import stage
 from adflow.detector import FeatureDetector, ImageSource, Progress, Resources, Scores, as_source
-from adflow.errors import InputError, UsageError, unknown
+from adflow.errors import InputError
 from adflow.imaging import Box
+from adflow.methods._checks import at_least, fraction, one_of
 from adflow.methods._memory import common_grid, concatenate
 from adflow.methods._spatial import PositionWhitening
 from adflow.methods._train import one_cycle, train
@@ -121,13 +122,11 @@ class CutPaste(FeatureDetector):
         **base: Any,
     ) -> None:
         super().__init__(backbone, **base)
-        if level not in ("cell", "image"):
-            raise unknown("level", level, ["cell", "image"])
-        if not 0 < shrinkage <= 1:
-            raise UsageError(f"shrinkage is {shrinkage}, expected more than 0 and at most 1")
-        for name, number, lowest in (("views", views, 1), ("steps", steps, 0), ("batch", batch, 3)):
-            if number < lowest:
-                raise UsageError(f"{name} is {number}, expected at least {lowest}")
+        one_of("level", level, ("cell", "image"))
+        fraction(shrinkage=shrinkage)
+        at_least(0, steps=steps)
+        at_least(1, views=views)
+        at_least(3, batch=batch)
         self.level, self.shrinkage, self.views = level, shrinkage, views
         self.steps, self.batch, self.lr, self.weight_decay = steps, batch, lr, weight_decay
         self._changed: _Changed | None = None

@@ -38,8 +38,9 @@ import torch
 from torch import Tensor, nn
 
 from adflow.detector import FeatureDetector, Progress
-from adflow.errors import UsageError, unknown
+from adflow.errors import UsageError
 from adflow.imaging import upsample
+from adflow.methods._checks import at_least, fraction, one_of
 from adflow.methods._memory import common_grid, concatenate
 from adflow.methods._rebuild import PositionCodes, components
 from adflow.methods._train import train
@@ -120,26 +121,14 @@ class DFR(FeatureDetector):
         **base: Any,
     ) -> None:
         super().__init__(backbone, **base)
-        for name, value, known in (
-            ("net", net, ("linear", "deep")),
-            ("grid", grid, ("coarsest", "finest", "window")),
-        ):
-            if value not in known:
-                raise unknown(name, value, known)
+        one_of("net", net, ("linear", "deep"))
+        one_of("grid", grid, ("coarsest", "finest", "window"))
         if not 0 <= variance < 1:
             raise UsageError(f"variance is {variance}, expected a share of at least 0 and less than 1")
-        if not 0 < shrinkage <= 1:
-            raise UsageError(f"shrinkage is {shrinkage}, expected more than 0 and at most 1")
-        for name, number, lowest in (
-            ("latent", latent, 0),
-            ("pca_images", pca_images, 0),
-            ("stride", stride, 1),
-            ("window", window, stride),
-            ("epochs", epochs, 0),
-            ("batch", batch, 1),
-        ):
-            if number < lowest:
-                raise UsageError(f"{name} is {number}, expected at least {lowest}")
+        fraction(shrinkage=shrinkage)
+        at_least(0, latent=latent, pca_images=pca_images, epochs=epochs)
+        at_least(1, stride=stride, batch=batch)
+        at_least(stride, window=window)
         self.net, self.latent, self.variance, self.pca_images = net, latent, variance, pca_images
         self.grid, self.window, self.stride = grid, window, stride
         self.local, self.shrinkage, self.aligned = local, shrinkage, aligned

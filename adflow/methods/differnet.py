@@ -45,8 +45,9 @@ from torch import Tensor
 
 from adflow.backbones import Backbone
 from adflow.detector import Detector, ImageSource, Progress, Resources, Scores, as_source
-from adflow.errors import InputError, unknown
+from adflow.errors import UsageError
 from adflow.imaging import Box, upsample
+from adflow.methods._checks import above_0, at_least, one_of
 from adflow.methods._pooled_flow import PooledFlow, pool, pooled_loss
 from adflow.methods._train import one_cycle, train
 from adflow.methods._whiten import Moments, whitening
@@ -141,23 +142,16 @@ class DifferNet(Detector):
         sigma: float = 8.0,
     ) -> None:
         super().__init__(backbone)
-        if localise not in LOCALISE:
-            raise unknown("localise", localise, LOCALISE)
-        if fill not in FILLS:
-            raise unknown("fill", fill, FILLS)
-        if whiten not in WHITEN:
-            raise unknown("whiten", str(whiten), WHITEN)
+        one_of("localise", localise, LOCALISE)
+        one_of("fill", fill, FILLS)
+        one_of("whiten", whiten, WHITEN)
         if whiten == "angle" and views:
-            raise InputError("whiten='angle' needs the angles of scoring, views=0, in the fit")
-        if transforms < 1 or views < 0 or not 0 <= degrees <= 180:
-            raise InputError(
-                f"transforms {transforms}, views {views}, degrees {degrees}: expected >= 1, >= 0, 0 to 180"
-            )
-        if blocks < 1 or hidden < 1 or epochs < 0 or batch < 1 or ridge <= 0:
-            raise InputError(
-                f"blocks {blocks}, hidden {hidden}, epochs {epochs}, batch {batch}, ridge {ridge}: "
-                "expected >= 1, >= 1, >= 0, >= 1, > 0"
-            )
+            raise UsageError("whiten='angle' needs the angles of scoring, views=0, in the fit")
+        if not 0 <= degrees <= 180:
+            raise UsageError(f"degrees is {degrees}, expected 0 to 180")
+        at_least(0, views=views, epochs=epochs)
+        at_least(1, transforms=transforms, blocks=blocks, hidden=hidden, batch=batch)
+        above_0(ridge=ridge)
         self.transforms, self.degrees, self.views, self.fill = transforms, degrees, views, fill
         self.whiten, self.ridge = whiten, ridge
         self.blocks, self.hidden, self.clamp, self.zero_init = blocks, hidden, clamp, zero_init

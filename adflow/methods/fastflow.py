@@ -32,8 +32,8 @@ import torch
 from FrEIA.framework import SequenceINN
 from torch import Tensor, nn
 
-from adflow.errors import InputError, unknown
 from adflow.flows import AllInOneBlock, conv_subnet, load_original
+from adflow.methods._checks import at_least, one_of
 from adflow.methods._flow_maps import JOINS, SCORES, MapFlow, density_maps, likelihood_maps, scales
 from adflow.methods._spatial import NORMS, coupling_pass
 
@@ -130,16 +130,12 @@ class FastFlow(MapFlow):
         **common: Any,
     ) -> None:
         super().__init__(backbone, **common)
-        for name, value, known in (
-            ("kernels", str(kernels), ("3", "31")),
-            ("join", join, JOINS),
-            ("norm", norm, NORMS),
-            ("score_by", score_by, SCORES),
-        ):
-            if value not in known:
-                raise unknown(name, value, known)
-        if flow_steps < 1 or epochs < 0 or batch < 1:
-            raise InputError(f"flow_steps {flow_steps}, epochs {epochs}, batch {batch}: expected >= 1, >= 0, >= 1")
+        one_of("kernels", str(kernels), ("3", "31"))
+        one_of("join", join, JOINS)
+        one_of("norm", norm, NORMS)
+        one_of("score_by", score_by, SCORES)
+        at_least(0, epochs=epochs)
+        at_least(1, flow_steps=flow_steps, batch=batch)
         self.flow_steps, self.kernels, self.hidden, self.clamp = flow_steps, str(kernels), hidden, clamp
         self.join, self.norm, self.shrinkage, self.zero_init = join, norm, shrinkage, zero_init
         self.epochs, self.batch, self.lr, self.warm, self.weight_decay = epochs, batch, lr, warm, weight_decay

@@ -60,6 +60,7 @@ from adflow._system import resident_bytes
 from adflow.detector import Energy, FeatureDetector, ImageSource, Progress, Resources
 from adflow.errors import UsageError
 from adflow.features import PART
+from adflow.methods._checks import at_least, some_or_all
 from adflow.methods._gaussian import BATCH, WORK, PositionGaussians, global_whitening
 from adflow.methods._local_bank import LocalBank
 from adflow.methods._memory import (
@@ -149,11 +150,9 @@ class Local(FeatureDetector):
         super().__init__(backbone, **base)
         if not 0 <= shrinkage < 1 or not 0 <= whiten <= 1:
             raise UsageError(f"shrinkage is {shrinkage}, whiten {whiten}; expected [0, 1) and [0, 1]")
-        if radius < 0 or samples < 1:
-            raise UsageError(f"radius is {radius}, samples {samples}; expected 0 or more and 1 or more")
-        for name, value in (("rank", rank), ("width", width)):
-            if value is not None and int(value) < 1:
-                raise UsageError(f"{name} is {value}, expected 1 or more, or none for all")
+        at_least(0, radius=radius)
+        at_least(1, samples=samples)
+        some_or_all(rank=rank, width=width)
         if coreset is not None:
             coreset_size(coreset, 1)
         parse_bytes(max_memory)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adflow.detector import Energy, FeatureDetector, ImageSource, Progress, Resources
 from adflow.errors import UsageError
+from adflow.methods._checks import at_least, some_or_all
 from adflow.methods._gaussian import BATCH, WORK, PositionGaussians
 from adflow.methods._memory import common_grid, concatenate, keep_within, parse_bytes, pyramid_shapes
 from adflow.methods._whiten import chi_square_fit, leave_one_out
@@ -122,11 +123,8 @@ class PaDiM(FeatureDetector):
         super().__init__(backbone, **base)
         if not 0 <= shrinkage < 1 or (shrinkage and not whiten):
             raise UsageError(f"shrinkage is {shrinkage}, expected [0, 1), and 0 without whitening")
-        if ridge < 0:
-            raise UsageError(f"ridge is {ridge}, expected 0 or more")
-        for name, value in (("channels", channels), ("rank", rank)):
-            if value is not None and int(value) < 1:
-                raise UsageError(f"{name} is {value}, expected 1 or more, or none for all")
+        at_least(0, ridge=ridge)
+        some_or_all(channels=channels, rank=rank)
         parse_bytes(max_memory)
         common_grid([(1, 1)], grid)
         self.channels = None if channels is None else int(channels)

@@ -23,6 +23,7 @@ from adflow.detector import FeatureDetector, ImageSource, Progress, Resources, S
 from adflow.errors import UsageError
 from adflow.features import PART
 from adflow.imaging import Box, upsample
+from adflow.methods._checks import at_least
 from adflow.methods._gaussian import global_whitening
 from adflow.methods._memory import (
     StreamingCoreset,
@@ -143,8 +144,8 @@ class PatchCore(FeatureDetector):
         common_grid([(1, 1)], grid)
         if neighbourhood < 1 or neighbourhood % 2 == 0:
             raise UsageError(f"neighbourhood is {neighbourhood}, expected an odd number such as 1 or 3")
-        if min(layer_width, width, neighbours) < 0 or projection < 1:
-            raise UsageError("layer_width, width and neighbours are 0 or more, projection is 1 or more")
+        at_least(0, layer_width=layer_width, width=width, neighbours=neighbours)
+        at_least(1, projection=projection)
         if whiten is not None and not 0 <= float(whiten) <= 1:
             raise UsageError(f"whiten is {whiten}, expected 0 to 1, or none")
         self.coreset = coreset

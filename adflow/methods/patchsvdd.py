@@ -46,7 +46,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adflow.detector import FeatureDetector, Progress
-from adflow.errors import InputError, UsageError, unknown
+from adflow.errors import InputError, UsageError
+from adflow.methods._checks import at_least, need_pixels, one_of
 from adflow.methods._memory import choose_rows, common_grid, concatenate, half_norms, nearest, random_projection
 from adflow.methods._patch_nets import Direction, Encoder, LargeEncoder, covering
 from adflow.methods._patch_pairs import Pairs, cell_pairs, patch_pairs
@@ -125,17 +126,13 @@ class PatchSVDD(FeatureDetector):
         **base: Any,
     ) -> None:
         super().__init__(backbone, **base)
-        if net not in ("linear", "deep"):
-            raise unknown("net", net, ["linear", "deep"])
+        one_of("net", net, ("linear", "deep"))
+        at_least(0, bank=bank, steps=steps)
+        at_least(1, dimension=dimension, batch=batch)
         if patch < 16 or patch % 16:
             raise UsageError(f"patch is {patch}, expected a multiple of 16")
         if len(strides) != 2 or min(strides) < 1:
             raise UsageError(f"strides are {strides}, expected two numbers of at least 1")
-        for name, number, lowest in (
-            ("dimension", dimension, 1), ("bank", bank, 0), ("steps", steps, 0), ("batch", batch, 1),
-        ):  # fmt: skip
-            if number < lowest:
-                raise UsageError(f"{name} is {number}, expected at least {lowest}")
         self.net, self.dimension, self.svdd, self.bank = net, dimension, svdd, bank
         self.steps, self.batch, self.lr = steps, batch, lr
         self.patch, self.channels, self.strides = patch, channels, tuple(strides)
@@ -169,11 +166,7 @@ class PatchSVDD(FeatureDetector):
             self.register_buffer(f"halves_{name}", torch.zeros(0))
 
     def _prepare_deep(self, channels: list[int], grids: list[tuple[int, int]], size: tuple[int, int]) -> None:
-        if channels != [3] or grids != [size]:
-            raise InputError(
-                f"the deep net learns from pixels, found features of {self.backbone.name}",
-                hint="Use --backbone pixels, or --set net=linear.",
-            )
+        need_pixels(self.backbone.name, channels, grids, size)
         if min(size) < 2 * self.patch:
             raise InputError(
                 f"images of {size[0]}x{size[1]} pixels hold no two patches of {self.patch}",

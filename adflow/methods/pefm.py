@@ -39,8 +39,9 @@ from torch import Tensor, nn
 
 from adflow._encoding import positional_encoding
 from adflow.detector import FeatureDetector, Progress
-from adflow.errors import InputError, UsageError, unknown
+from adflow.errors import InputError, UsageError
 from adflow.imaging import upsample
+from adflow.methods._checks import above_0, at_least, fraction, one_of
 from adflow.methods._memory import to_grid
 from adflow.methods._train import train
 from adflow.methods._whiten import Moments
@@ -122,21 +123,16 @@ class PEFM(FeatureDetector):
         **base: Any,
     ) -> None:
         super().__init__(backbone, **base)
-        for name, value, known in (
-            ("pairs", pairs, ("neighbours", "halves")),
-            ("net", net, ("linear", "deep")),
-            ("error", error, ("whitened", "plain")),
-            ("join", join, ("add", "multiply")),
-        ):
-            if value not in known:
-                raise unknown(name, value, known)
+        one_of("pairs", pairs, ("neighbours", "halves"))
+        one_of("net", net, ("linear", "deep"))
+        one_of("error", error, ("whitened", "plain"))
+        one_of("join", join, ("add", "multiply"))
         if not latent or min(latent) < 1:
             raise UsageError(f"latent is {latent}, expected widths of at least 1")
-        if epochs < 0 or batch < 1 or ridge <= 0 or not 0 < shrinkage <= 1:
-            raise UsageError(
-                f"epochs {epochs}, batch {batch}, ridge {ridge}, shrinkage {shrinkage}: expected at least 0, at least "
-                "1, more than 0, more than 0 and at most 1"
-            )
+        at_least(0, epochs=epochs)
+        at_least(1, batch=batch)
+        above_0(ridge=ridge)
+        fraction(shrinkage=shrinkage)
         self.pairs, self.net, self.position, self.latent = pairs, net, position, tuple(latent)
         self.unit_length, self.ridge, self.error = unit_length, ridge, error
         self.shrinkage, self.join = shrinkage, join

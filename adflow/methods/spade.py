@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adflow.detector import FeatureDetector, ImageSource, Progress, Resources
-from adflow.errors import UsageError
 from adflow.imaging import Box, upsample
+from adflow.methods._checks import at_least, one_of
 from adflow.methods._memory import common_grid, concatenate, keep_within, nearest, parse_bytes, pyramid_shapes
 
 if TYPE_CHECKING:
@@ -88,10 +88,8 @@ class SPADE(FeatureDetector):
         **base: Any,
     ) -> None:
         super().__init__(backbone, **base)
-        if images < 1 or kappa < 1:
-            raise UsageError(f"images is {images} and kappa {kappa}, expected both 1 or more")
-        if levels not in ("joined", "separate"):
-            raise UsageError(f"levels is {levels!r}, expected 'joined' or 'separate'")
+        at_least(1, images=images, kappa=kappa)
+        one_of("levels", levels, ("joined", "separate"))
         common_grid([(1, 1)], grid)
         parse_bytes(max_memory)
         self.images = images

@@ -35,10 +35,11 @@ from FrEIA.modules import Concat, Split
 from torch import Tensor, nn
 
 from adflow.detector import Energy, FeatureDetector, Progress
-from adflow.errors import InputError, unknown
+from adflow.errors import InputError
 from adflow.features import FeatureBank
 from adflow.flows import AllInOneBlock, PixelShuffle, conv_subnet, load_original
 from adflow.imaging import upsample
+from adflow.methods._checks import at_least, one_of
 from adflow.methods._spatial import NORMS, PositionWhitening, coupling_pass, normaliser
 from adflow.methods._train import train
 
@@ -128,12 +129,10 @@ class UFlow(FeatureDetector):
         **common: Any,
     ) -> None:
         super().__init__(backbone, **common)
-        if norm not in NORMS:
-            raise unknown("norm", norm, NORMS)
-        if score_by not in SCORES:
-            raise unknown("score_by", score_by, SCORES)
-        if flow_steps < 1 or epochs < 0 or batch < 1:
-            raise InputError(f"flow_steps {flow_steps}, epochs {epochs}, batch {batch}: expected >= 1, >= 0, >= 1")
+        one_of("norm", norm, NORMS)
+        one_of("score_by", score_by, SCORES)
+        at_least(0, epochs=epochs)
+        at_least(1, flow_steps=flow_steps, batch=batch)
         self.flow_steps, self.hidden, self.clamp = flow_steps, hidden, clamp
         self.norm, self.shrinkage, self.zero_init = norm, shrinkage, zero_init
         self.epochs, self.batch, self.lr, self.weight_decay = epochs, batch, lr, weight_decay
