@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from adflow._nets import exporting
 from adflow.errors import InputError
 from adflow.methods._memory import to_grid
-from adflow.methods._whiten import Moments, inverse_factor, whitening
+from adflow.methods._whiten import Moments, deviations, inverse_factor, whitening
 
 Rows = Callable[[Sequence[int]], Tensor]
 
@@ -140,7 +140,7 @@ class ContextWhitening(nn.Module):
         for features in _batches(rows, which):
             whole.add(features.permute(0, 2, 3, 1).reshape(-1, 1, channels))
         world = whitening(whole, self.ridge)
-        self._learn_context(rows, which, world.mean, whole.covariance()[0].diagonal().clamp(min=0).sqrt(), kept)
+        self._learn_context(rows, which, world.mean, deviations(whole.covariance()[0]), kept)
         matrix = world.matrix()  # z = (x - world.mean) @ matrix
         moments = Moments(self.mean.shape[0], channels + kept)
         for features in _batches(rows, which):
@@ -158,8 +158,7 @@ class ContextWhitening(nn.Module):
         seen = torch.cat([self.pooled(f) for f in _batches(rows, which[::step])]).double()  # [n, D]
         cells = seen.shape[1] // len(mean)
         # Every channel counts alike, as in the correlation that the whitening is taken from.
-        weight = 1 / deviation.clamp(min=float(deviation.mean()) * 1e-3 + 1e-12)
-        weight = weight.repeat_interleave(cells)
+        weight = (1 / deviation).repeat_interleave(cells)
         centre = seen.mean(0)
         centred = (seen - centre) * weight
         values, vectors = torch.linalg.eigh(centred @ centred.T)  # principal components through the n x n Gram matrix

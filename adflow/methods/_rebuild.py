@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from adflow.methods._whiten import Moments
+from adflow.methods._whiten import Moments, deviations
 
 
 class PositionCodes(nn.Module):
@@ -49,9 +49,7 @@ class PositionCodes(nn.Module):
         # One image has no spread: then a code of nothing is learned, the error is the distance to that image.
         spread = moments.covariance() if moments.count > 1 else torch.zeros(positions, width, width).double()
         everywhere = spread.mean(0)
-        unit = everywhere.diagonal().clamp(min=0).sqrt()
-        # Channels that never change carry nothing: a floor keeps them from deciding everything.
-        unit = unit.clamp(min=float(unit.mean()) * 1e-3 + 1e-12)
+        unit = deviations(everywhere)
         covariance = (1 - shrinkage) * spread + shrinkage * everywhere
         values, vectors = torch.linalg.eigh(covariance / unit / unit[:, None])
         kept = min(latent, width - 1) or components(values.flip(1).mean(0), variance)

@@ -132,13 +132,21 @@ def whitening(moments: Moments, ridge: float = 0.01) -> Whitening:
             arithmetic and must not be blown up.
     """
     covariance = moments.covariance()[0]
-    deviation = covariance.diagonal().clamp(min=0).sqrt()
-    # A channel that (nearly) never changes carries nothing; dividing by its deviation would make noise of it.
-    deviation = deviation.clamp(min=float(deviation.mean()) * 1e-3 + 1e-12)
+    deviation = deviations(covariance)
     correlation = covariance / deviation / deviation.unsqueeze(1)
     values, vectors = torch.linalg.eigh(correlation)
     spectrum = values.flip(0).clamp(min=0) + ridge
     return Whitening(moments.mean[0].clone(), vectors.flip(1) / deviation.unsqueeze(1), spectrum)
+
+
+def deviations(covariance: Tensor) -> Tensor:
+    """Return the deviations [C] of a covariance [C, C].
+
+    A channel that (nearly) never changes carries nothing, and dividing by its deviation would make noise of it: a floor
+    lies below all of them.
+    """
+    deviation = covariance.diagonal().clamp(min=0).sqrt()
+    return deviation.clamp(min=float(deviation.mean()) * 1e-3 + 1e-12)
 
 
 def shrink(covariance: Tensor, shrinkage: float) -> Tensor:

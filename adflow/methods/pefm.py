@@ -44,7 +44,7 @@ from adflow.imaging import upsample
 from adflow.methods._checks import above_0, at_least, fraction, one_of
 from adflow.methods._memory import to_grid
 from adflow.methods._train import train
-from adflow.methods._whiten import Moments
+from adflow.methods._whiten import Moments, deviations
 
 if TYPE_CHECKING:
     from adflow.backbones import Backbone
@@ -335,9 +335,7 @@ class LinearMaps(nn.Module):
         # One image has no spread: what is left is the distance to it.
         spread = moments.covariance() if moments.count > 1 else torch.zeros(positions, both, both).double()
         everywhere = spread.mean(0)
-        unit = everywhere.diagonal().clamp(min=0).sqrt()
-        # Channels that never change carry nothing: a floor keeps them from deciding everything.
-        unit = unit.clamp(min=float(unit.mean()) * 1e-3 + 1e-12)
+        unit = deviations(everywhere)
         joint = ((1 - shrinkage) * spread + shrinkage * everywhere) / unit / unit[:, None]
         joint.diagonal(dim1=1, dim2=2).add_(ridge)
         precision = torch.linalg.inv(joint)

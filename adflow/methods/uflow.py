@@ -38,8 +38,8 @@ from adflow.detector import Energy, FeatureDetector, Progress
 from adflow.errors import InputError
 from adflow.features import FeatureBank
 from adflow.flows import AllInOneBlock, PixelShuffle, conv_subnet, load_original
-from adflow.imaging import upsample
 from adflow.methods._checks import at_least, one_of
+from adflow.methods._flow_maps import SCORES, brought_to, density_maps, likelihood_maps
 from adflow.methods._spatial import NORMS, PositionWhitening, coupling_pass, normaliser
 from adflow.methods._train import train
 
@@ -62,7 +62,6 @@ PAPER_CLASSES: dict[str, tuple[int, int, float]] = {
     "transistor": (400, 20, 0.00112129043027424),
     "zipper": (200, 24, 4.55246818236177e-05),
 }
-SCORES = ("likelihood", "density")
 
 
 class UFlow(FeatureDetector):
@@ -171,11 +170,7 @@ class UFlow(FeatureDetector):
         for _, grid, members in self.scales:
             parts = [pyramid[i] for i in members]
             # Odd input sizes give grids that do not halve exactly: those are resampled, the others left alone.
-            parts = [
-                p if tuple(p.shape[2:]) == grid else F.interpolate(p, grid, mode="bilinear", align_corners=False)
-                for p in parts
-            ]
-            joined.append(torch.cat(parts, 1))
+            joined.append(torch.cat([brought_to(part, grid) for part in parts], 1))
         return joined
 
     def latents(self, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -255,11 +250,8 @@ class UFlow(FeatureDetector):
         """Return maps [B, H, W]: every scale brought to ``size``, mean over scales, smoothed."""
         inputs = self.inputs(pyramid)
         if self.score_by == "likelihood":
-            grids = [(-0.5 * z.square().mean(1)).exp() for z in self.latents(inputs)[0]]
-            maps = torch.stack([upsample(g, size, self.sigma(size)) for g in grids]).mean(0)
-            return 1.0 - maps
-        grids = [(0.5 * z.square().sum(1) - logdet) / z.shape[1] for z, logdet in self.local_densities(inputs)]
-        return torch.stack([upsample(g, size, self.sigma(size)) for g in grids]).mean(0)
+            return 1.0 + likelihood_maps(self.latents(inputs)[0], size, self.sigma(size))
+        return density_maps(self.local_densities(inputs), size, self.sigma(size))
 
     def score_features(self, pyramid: list[Tensor]) -> Tensor:
         """Return the map on the finest grid."""
