@@ -189,6 +189,15 @@ def compiled() -> dict[str, Callable[..., Any]] | None:
     return kernels
 
 
+def _padded(flat: npt.NDArray[np.intp], h: int, w: int) -> tuple[Ints, int, int]:
+    """Return places of pixels in a map with a border all around, the length of its rows, and how many places it has.
+
+    One column of padding serves as the right border of a row and the left border of the next.
+    """
+    stride = w + 1
+    return flat + flat // w + stride + 1, stride, (h + 2) * stride + 1
+
+
 def best_regions(
     level: Floats, unit: Floats, charge: Floats, floor: float
 ) -> tuple[Ints, Floats, Ints, npt.NDArray[np.intp]]:
@@ -207,16 +216,15 @@ def best_regions(
     h, w = level.shape
     flat = np.flatnonzero(level.ravel() > floor)
     flat = flat[np.argsort(-level.ravel()[flat])]
-    m, stride = len(flat), w + 1
-    # One column of padding serves as the right border of a row and the left border of the next.
-    order = flat + flat // w + stride + 1
+    m = len(flat)
+    order, stride, padded = _padded(flat, h, w)
     ranks = np.full(h * w, -1, dtype=np.int64)
     levels, units = level.ravel()[flat], unit.ravel()[flat]
     kernels = compiled()
     if kernels is None:
-        up, area, value, label = _best_plain(order, stride, (h + 2) * stride + 1, levels, units, charge)
+        up, area, value, label = _best_plain(order, stride, padded, levels, units, charge)
     else:
-        at = np.full((h + 2) * stride + 1, -1, dtype=np.int64)
+        at = np.full(padded, -1, dtype=np.int64)
         up, root, best, label = (np.full(m, -1, dtype=np.int64) for _ in range(4))
         kids, opened, kept = (np.zeros(m, dtype=np.int64) for _ in range(3))
         area, value = np.ones(m, dtype=np.int64), np.empty(m)
@@ -256,9 +264,8 @@ def own_peaks(score: Floats, floor: float) -> tuple[Ints, Floats, Floats, Ints]:
     flat = np.flatnonzero(score.ravel() >= floor)
     flat = flat[np.argsort(-score.ravel()[flat], kind="stable")]
     levels = score.ravel()[flat]
-    m, stride = len(flat), w + 1
-    order = flat + flat // w + stride + 1
-    padded = (h + 2) * stride + 1
+    m = len(flat)
+    order, stride, padded = _padded(flat, h, w)
     kernels = compiled()
     if kernels is None:
         ranks, high = [0] * m, levels.tolist()
@@ -289,9 +296,8 @@ def count_records(score: Floats, limit: int) -> tuple[Floats, Ints]:
     kernels = compiled()
     if kernels is None:
         return _count_plain(flat, levels, (h, w), limit)
-    stride = w + 1
-    order = flat + flat // w + stride + 1
-    root = np.full((h + 2) * stride + 1, -1, dtype=np.int64)
+    order, stride, padded = _padded(flat, h, w)
+    root = np.full(padded, -1, dtype=np.int64)
     where, counts = np.empty(h * w, dtype=np.int64), np.empty(h * w, dtype=np.int64)
     records = kernels["_count"](order, levels, stride, root, limit, where, counts)
     return levels[where[:records]], counts[:records].copy()

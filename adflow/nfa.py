@@ -19,7 +19,7 @@ one that holds.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -223,6 +223,16 @@ def _levels(chi2: Array, dof: float) -> Array:
     return chi2 / dof
 
 
+def _best(
+    level: Array, dof: float, charge: Array, bound: Bound, tail: Tail
+) -> Iterator[tuple[Array, Array, Array, Array]]:
+    """Yield the best disjoint regions of each image of chi2 / dof [B, h, w], as :func:`best_regions` gives them."""
+    unit = _evidence(level, dof, tail)
+    floor = 1.0 if bound == "one-sided" else -np.inf
+    for one, evidence in zip(level, unit, strict=True):
+        yield best_regions(one, evidence, charge, floor)
+
+
 def clusters(
     chi2: Array,
     dof: float,
@@ -249,10 +259,7 @@ def clusters(
     shape, n = level.shape, level[0].size
     by_area = np.zeros(n + 1) if charge is None else charge
     log10_p, low, area = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape, dtype=np.int64)
-    unit = _evidence(level, dof, tail)
-    floor = 1.0 if bound == "one-sided" else -np.inf
-    for b in range(shape[0]):
-        ranks, value, areas, flat = best_regions(level[b], unit[b], by_area, floor)
+    for b, (ranks, value, areas, flat) in enumerate(_best(level, dof, by_area, bound, tail)):
         inside = ranks >= 0
         chosen = ranks[inside]
         log10_p[b][inside] = value[chosen]
@@ -295,15 +302,12 @@ def tree(
     if len(batches) > 1:
         raise InputError(f"the scales hold {sorted(batches)} images, expected the same number in each")
     sizes = tuple(int(np.prod(np.shape(chi2)[1:])) for chi2, _ in energies)
-    floor = 1.0 if bound == "one-sided" else -np.inf
     lowest: Array | None = None
     for chi2, dof in energies:
         level = _levels(chi2, dof)
         charge, nothing = _charges(sizes, level[0].size, tests)
-        unit = _evidence(level, dof, tail)
         grid = np.empty(level.shape, dtype=np.float32)
-        for b in range(len(level)):
-            ranks, value, _, _ = best_regions(level[b], unit[b], charge, floor)
+        for b, (ranks, value, _, _) in enumerate(_best(level, dof, charge, bound, tail)):
             # The last entry serves rank -1: no region, no evidence.
             grid[b] = np.maximum(np.append(np.minimum(value, nothing), nothing), -_LARGEST)[ranks]
         h, w = level.shape[1:]
