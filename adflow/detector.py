@@ -7,9 +7,10 @@ A method subclasses :class:`Detector`, or :class:`FeatureDetector` when it works
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from itertools import chain
@@ -355,14 +356,9 @@ class FeatureDetector(Detector):
         checkpoint: Path | None = None,
     ) -> Self:
         """Learn from features that are already there; methods and seeds can share one bank."""
-        shapes = FeatureShapes(list(bank.channels), list(bank.grids), bank.size)
-        generator = torch.Generator().manual_seed(seed)
-        self._prepare(shapes, generator)
+        self.calibration = None
         self.train()
-        # FrEIA and torch.nn draw initial weights from the global generator: seed a private copy of it.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.prepare(shapes.channels, shapes.grids, shapes.size, generator)
+        with self._created(FeatureShapes(list(bank.channels), list(bank.grids), bank.size), seed) as generator:
             self.fit_features(bank, generator=generator, progress=progress, checkpoint=checkpoint)
         self.eval()
         self._settle()
@@ -374,17 +370,29 @@ class FeatureDetector(Detector):
         A transposed view and its contiguous copy take different matrix kernels, which round differently: scores must
         be the same bits before and after saving.
         """
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
+        self.requires_grad_(False)
         for owner in self.modules():
             for name, buffer in owner.named_buffers(recurse=False):
                 if not buffer.is_contiguous():
                     setattr(owner, name, buffer.contiguous())
 
-    def _prepare(self, shapes: FeatureShapes, generator: torch.Generator) -> None:
-        self.shapes = shapes
-        self.size = shapes.size
-        self.calibration = None
+    def empty(self, shapes: FeatureShapes) -> Self:
+        """Create every learned tensor with nothing learned, for a file or a checkpoint to be loaded over."""
+        with self._created(shapes, 0):
+            pass
+        self.requires_grad_(False)
+        return self.eval()
+
+    @contextlib.contextmanager
+    def _created(self, shapes: FeatureShapes, seed: int) -> Iterator[torch.Generator]:
+        """Create the learned tensors; inside, all random numbers are those of ``seed``."""
+        self.shapes, self.size = shapes, shapes.size
+        generator = torch.Generator().manual_seed(seed)
+        # FrEIA and torch.nn draw initial weights from the global generator: seed a private copy of it.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.prepare(shapes.channels, shapes.grids, shapes.size, generator)
+            yield generator
 
     def _score(self, images: Tensor, boxes: Sequence[Box] | None) -> Scores:
         if images.device.type == "cpu" and len(images) > 1:

@@ -227,18 +227,13 @@ def _build(header: dict[str, Any], tensors: dict[str, Tensor], weights: Path | N
             )
         if any(h > height or w > width for h, w in grids):
             raise DetectorFileError(f"feature grids {grids} are finer than the input {height}x{width}", hint=_OTHER)
-        detector.shapes = FeatureShapes(list(backbone.channels), grids, detector.size)
-        with torch.random.fork_rng(devices=[]):
-            generator = torch.Generator().manual_seed(0)
-            detector.prepare(detector.shapes.channels, detector.shapes.grids, detector.size, generator)
+        detector.empty(FeatureShapes(list(backbone.channels), grids, detector.size))
     _set_learned(detector, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     calibration = {k[12:]: v.numpy() for k, v in tensors.items() if k.startswith("calibration.")}
     detector.calibration = Calibration.from_tensors(calibration) if calibration else None
     detector.keep_aspect = bool(header["keep_aspect"])
     detector.provenance = dict(header["provenance"])
-    for parameter in detector.parameters():
-        parameter.requires_grad_(False)
-    return detector
+    return detector.requires_grad_(False)
 
 
 def _size(sides: Any) -> tuple[int, int]:

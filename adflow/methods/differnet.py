@@ -233,8 +233,7 @@ class DifferNet(Detector):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._train(self._whitened(vectors).flatten(0, 1), generator, progress, resources.checkpoint)
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
+        self.requires_grad_(False)
         return self.eval()
 
     def _vectors(

@@ -153,19 +153,8 @@ def _prepared(
     chosen = {key: value for key, value in chosen.items() if key in cls.parameters_of()}
     detector: Any = cls(net, **(chosen | dict(settings)))
     grids = [(-(-size[0] // stride), -(-size[1] // stride)) for stride in net.strides]
-    detector.size = size
-    detector.shapes = FeatureShapes(list(net.channels), grids, size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        detector.prepare(list(net.channels), grids, size, torch.Generator().manual_seed(0))
     assert isinstance(detector, FeatureDetector)
-    return detector
-
-
-def _frozen(detector: FeatureDetector) -> FeatureDetector:
-    for parameter in detector.parameters():
-        parameter.requires_grad_(False)
-    return detector.eval()
+    return detector.empty(FeatureShapes(list(net.channels), grids, size))
 
 
 def _tensors(found: Any, name: str) -> dict[str, Tensor]:
@@ -184,7 +173,7 @@ def _uflow(
         settings["norm"] = "affine"
     detector: Any = _prepared("uflow", net, class_, size, settings)
     detector.load_original(state)
-    return _frozen(detector), []
+    return detector, []
 
 
 def _cflow(
@@ -224,7 +213,7 @@ def _cflow(
             f"the encoder in the checkpoint could not be matched with the weights of {net.name}: "
             "if it was trained on others, its scores are worthless here"
         )
-    return _frozen(detector), notes
+    return detector, notes
 
 
 def _same_net(encoder: Mapping[str, Tensor], net: Backbone) -> bool:
