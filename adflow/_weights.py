@@ -6,6 +6,7 @@ nets), on a model hub, or behind a URL; those come through ``fetch``, which veri
 
 from __future__ import annotations
 
+import pickle
 import re
 import warnings
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from adflow.errors import InputError, UnavailableError
 from adflow.fetch import fetch
 
 OFFLINE_CHOICE = "Use --backbone lite0, whose weights come with adflow, or give a file with --weights."
+_READABLE = "Expected a .safetensors file, or a torch file of tensors: torch.save(model.state_dict(), FILE)."
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,30 @@ def hash_file(path: Path) -> str:
         ) from error
 
 
+def read_tensors(path: Path) -> Any:
+    """Return what a .safetensors or a torch file holds: tensors and plain values. Nothing of it is executed.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds objects whose loading would run code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickles; what is refused is an error below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except pickle.UnpicklingError as error:
+        reason = "it is damaged, or holds more than tensors and plain values, which could run code"
+        raise InputError(f"{path} cannot be read as weights: {reason}", hint=_READABLE) from error
+    except Exception as error:  # torch's reader lets through whatever a wrong byte led it to: KeyError, struct.error...
+        reason = (str(error) or "it is empty").strip().splitlines()[0]
+        raise InputError(f"{path} cannot be read as weights: {reason}", hint=_READABLE) from error
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors file or of a torch file, read with ``weights_only``.
+    """Return the tensors of a file by name, see :func:`read_tensors`.
 
     Checkpoints that wrap their tensors ({"model": ...}, {"state_dict": ...}) are unwrapped, and the prefix
     "module." that data-parallel training leaves is taken off.
@@ -80,21 +104,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: the file is missing, damaged, or holds anything but tensors.
     """
-    state: Any
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about odd pickles; what is refused is an error below
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # torch's reader lets through whatever a wrong byte led it to: KeyError, struct.error...
-        raise InputError(
-            f"{path} cannot be read as weights: {(str(error) or 'it is empty').strip().splitlines()[0]}",
-            hint="Expected a .safetensors file or a torch file of tensors only.",
-        ) from error
+    state = read_tensors(path)
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -14,7 +14,6 @@ A converted detector is not calibrated: no good image has passed it yet (``adflo
 from __future__ import annotations
 
 import json
-import pickle
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 from adflow import __version__, methods
 from adflow._catalogue import DetectorEntry
 from adflow._files import make_folder, sha256_of, write_text
+from adflow._weights import read_tensors
 from adflow.backbones import Backbone, make_backbone
 from adflow.detector import FeatureDetector, FeatureShapes
 from adflow.detector_file import digest, save_detector
@@ -36,24 +36,12 @@ FORMATS = ("uflow-lightning", "cflow-ad")
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """Return the content of a torch file of tensors and plain values.
+    """Return the content of a torch file of tensors and plain values, by name.
 
     Raises:
         InputError: not such a file, damaged, or holding objects whose loading would run code.
     """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} holds more than tensors and plain values, loading it could run code: refused",
-            hint="Save its state_dict alone (torch.save(model.state_dict(), FILE)) where you trust it.",
-        ) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # torch's reader lets through whatever a wrong byte led it to
-        raise InputError(
-            f"{path} is no torch checkpoint: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
+    found = read_tensors(path)
     if not isinstance(found, Mapping):
         raise InputError(f"{path} holds a {type(found).__name__}, expected a mapping with state dicts")
     return found
