@@ -1,10 +1,11 @@
-"""Plain, slow twins of the metrics, written as the definitions read, to test the fast ones by."""
+"""Plain, slow twins of metrics and methods, written as the definitions read, to test the fast ones by."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 
 def components(mask: np.ndarray) -> list[np.ndarray]:
@@ -83,3 +84,18 @@ def delong_variance(a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> float:
     difference = wins(a) - wins(b)
     rows, columns = difference.mean(axis=1), difference.mean(axis=0)
     return float(np.var(rows, ddof=1) / len(rows) + np.var(columns, ddof=1) / len(columns))
+
+
+def start_from_all(rows: torch.Tensor) -> torch.Tensor:
+    """Return the start of PatchCore's exact greedy choice: the sum of squared distances to all rows [N].
+
+    The official sampler takes the Euclidean norm of each row of the distance matrix; this is its square.
+    """
+    centred = rows - rows.mean(dim=0)
+    norms = centred.square().sum(dim=1)
+    return len(rows) * norms + norms.sum() - 2 * centred @ centred.sum(dim=0)
+
+
+def mahalanobis(vectors: torch.Tensor, mean: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Return squared Mahalanobis distances [B, P] of vectors [B, P, C], with A [P, C, C], A^T A = covariance^-1."""
+    return torch.einsum("pij,bpj->bpi", inverse, vectors - mean).square().sum(2)

@@ -19,7 +19,7 @@ from adflow.flows import log_likelihood
 from adflow.methods import _train
 from adflow.methods._cflow_paper import fiber_steps, paper_rate, paper_schedule, probability_map, turned
 from adflow.methods._context import ContextWhitening
-from adflow.methods._train import Plateau, one_cycle, train
+from adflow.methods._train import one_cycle, train
 from adflow.methods.cflow import CFlow
 
 
@@ -294,8 +294,19 @@ def draws(seed: int = 0) -> tuple[Iterator[Tensor], torch.Generator]:
 def test_training_goes_down_and_leaves_unreached_parameters_alone() -> None:
     line = Line()
     batches, generator = draws()
-    done = train(line, line.loss, batches, steps=200, lr=0.1, schedule=one_cycle(200), generator=generator)
-    assert done.steps == 200 and done.loss[-1] < done.loss[0] / 3
+    seen: list[tuple[int, int]] = []
+    train(
+        line,
+        line.loss,
+        batches,
+        steps=200,
+        lr=0.1,
+        schedule=one_cycle(200),
+        generator=generator,
+        progress=lambda done, total, _: seen.append((done, total)),
+    )
+    assert seen == [(k, 200) for k in range(1, 201)]
+    assert float(line.weight.detach().norm()) < 1  # from 3.6; the mean of what it is drawn to is 0
     assert torch.equal(line.unused, torch.ones(2)) and line.weight.grad is None
 
 
@@ -335,8 +346,9 @@ def test_a_single_bad_batch_is_survived() -> None:
     def loss(batch: Tensor) -> Tensor:
         return line.loss(batch) * (float("nan") if next(count) == 30 else 1.0)
 
-    done = train(line, loss, batches, steps=100, lr=0.1)
-    assert done.rollbacks == 1 and torch.isfinite(line.weight).all() and done.steps == 100
+    train(line, loss, batches, steps=100, lr=0.1)
+    assert next(count) == 100 and torch.isfinite(line.weight).all()
+    assert float(line.weight.detach().norm()) < 2  # from 3.6: it went on, at half the rate
 
 
 def test_lasting_nan_keeps_the_last_good_weights_and_says_so() -> None:
@@ -362,13 +374,6 @@ def test_gradients_are_clipped_together() -> None:
     train(line, line.loss, iter([torch.zeros(2)]), steps=1, lr=1e-3, clip=1e-12, eps=1.0)
     # With a large eps Adam's step is proportional to the gradient, which the clip has made tiny.
     torch.testing.assert_close(line.weight.detach(), before, rtol=0, atol=1e-12)
-
-
-def test_a_plateau_stops_early() -> None:
-    line = Line()
-    batches = iter([torch.zeros(2)] * 1000)
-    done = train(line, line.loss, batches, steps=1000, lr=0.1, plateau=Plateau(window=20, patience=3, gain=1e-3))
-    assert done.steps < 600 and float(line.weight.detach().abs().max()) < 0.05
 
 
 def test_running_statistics_go_back_too() -> None:

@@ -79,8 +79,8 @@ def test_a_training_is_ended_and_its_rest_counted() -> None:
     net = nn.Linear(3, 1)
     batches = iter([torch.ones(4, 3)] * 1000)
     watch = task._Training()
-    done = train(net, lambda x: net(x).square().mean(), batches, steps=1000, lr=0.1, progress=watch)
-    assert done.steps == task._STEPS and watch.missing == 1000 - task._STEPS
+    train(net, lambda x: net(x).square().mean(), batches, steps=1000, lr=0.1, progress=watch)
+    assert len(list(batches)) == watch.missing == 1000 - task._STEPS
     assert watch.left() == pytest.approx(watch.missing * watch.per_step) and watch.per_step > 0
 
 

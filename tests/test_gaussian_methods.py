@@ -10,6 +10,7 @@ import torch
 from conftest import make_tiny_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive import mahalanobis
 
 from adflow import features
 from adflow._rows import RamStore
@@ -18,15 +19,7 @@ from adflow.errors import AdflowError, InputError, ResourceError, UsageError
 from adflow.features import FeatureBank
 from adflow.methods._gaussian import PositionGaussians, global_whitening, moments_of
 from adflow.methods._memory import nearest
-from adflow.methods._whiten import (
-    Moments,
-    chi_square_fit,
-    inverse_factor,
-    leave_one_out,
-    mahalanobis,
-    shrink,
-    whitening,
-)
+from adflow.methods._whiten import Moments, chi_square_fit, inverse_factor, leave_one_out, shrink, whitening
 from adflow.methods.local import Local
 from adflow.methods.padim import PaDiM
 from adflow.methods.patchcore import PatchCore

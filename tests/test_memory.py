@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive import start_from_all
 
 from adflow._bytes import in_units
 from adflow.errors import InputError, ResourceError, UsageError
@@ -24,7 +25,6 @@ from adflow.methods._memory import (
     nearest,
     parse_bytes,
     random_projection,
-    start_from_all,
     start_from_points,
     to_grid,
 )

@@ -40,12 +40,11 @@ def together(paths: list[Path]) -> dict[str, Any]:
     net = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7, momentum=0.0), nn.Linear(7, 1)).eval()
     generator = torch.Generator().manual_seed(1)
     batches = (("any", torch.randn(11 if step < 20 else 1, 5, generator=generator), None) for step in range(30))
-    done = train(net, lambda b: (net(b[1]) - b[1][:, :1]).square().mean(), batches, steps=30, lr=0.01, clip=0.5)
+    train(net, lambda b: (net(b[1]) - b[1][:, :1]).square().mean(), batches, steps=30, lr=0.01, clip=0.5)
     return {
         "features": features,
         "skipped": images.skipped,
         "weights": [p.detach().clone() for p in net.parameters()],
-        "loss": done.loss,
     }
 
 
@@ -82,7 +81,6 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
         assert np.array_equal(mine.numpy(), theirs)
         # Gradients are summed in another order: float32 rounding through 30 Adam steps of 0.01.
         torch.testing.assert_close(mine, whole, rtol=0, atol=1e-4)
-    assert first["loss"] == second["loss"] and first["loss"] == pytest.approx(alone["loss"], rel=1e-4)
 
 
 def test_shares_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

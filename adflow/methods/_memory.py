@@ -224,23 +224,12 @@ def start_from_points(rows: Tensor, points: Tensor) -> Tensor:
     return (total / max(1, len(points))).square()
 
 
-def start_from_all(rows: Tensor) -> Tensor:
-    """Return the start of the exact greedy choice: the sum of squared distances to all rows [N].
-
-    The official sampler takes the Euclidean norm of each row of the distance matrix; its square has a closed
-    form, N |x|^2 + sum |x_j|^2 - 2 x . sum x_j, so the matrix is never made.
-    """
-    centred = rows - rows.mean(dim=0)
-    norms = centred.square().sum(dim=1)
-    return len(rows) * norms + norms.sum() - 2 * centred @ centred.sum(dim=0)
-
-
 def greedy_coreset(rows: Tensor, size: int, start: Tensor) -> Tensor:
     """Choose ``size`` rows that leave no other row far away: greedy k-centre, farthest point first.
 
     (Gonzalez, Clustering to minimize the maximum intercluster distance, 1985: at most twice the best radius
-    when ``start`` is nowhere less than a distance between rows, as that of :func:`start_from_all`;
-    PatchCore, Roth et al., CVPR 2022, arXiv:2106.08265, algorithm 1.)
+    when ``start`` is nowhere less than a distance between rows; PatchCore, Roth et al., CVPR 2022,
+    arXiv:2106.08265, algorithm 1.)
 
     The picks are those of the textbook loop, one matrix-vector product over all N rows per pick, but that
     loop reads all rows from main memory every time. Here distances to the nearest pick are kept as *upper

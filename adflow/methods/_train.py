@@ -15,7 +15,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,33 +37,6 @@ CHECKPOINT_SECONDS = 20.0
 # the learning rate each time, before it gives up.
 SNAPSHOT_STEPS = 25
 MAX_ROLLBACKS = 5
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training did.
-
-    Attributes:
-        steps: optimiser steps done, fewer than asked for after an early stop.
-        loss: mean loss of each window of steps, in order; lower = better.
-        rollbacks: how often weights went back because a loss or gradient was not finite.
-    """
-
-    steps: int
-    loss: list[float]
-    rollbacks: int
-
-
-@dataclass(frozen=True)
-class Plateau:
-    """When to stop early: no window of steps was better than the best by ``gain`` for ``patience`` windows.
-
-    It looks at the training loss alone; ``fit`` has no other data.
-    """
-
-    window: int = 50
-    patience: int = 3
-    gain: float = 1e-3
 
 
 def one_cycle(steps: int, warm_up: float = 0.2, start: float = 0.04, end: float = 1e-4) -> Schedule:
@@ -98,11 +70,10 @@ def train(
     weight_decay: float = 0.0,
     clip: float | None = None,
     average: float | None = None,
-    plateau: Plateau | None = None,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
     checkpoint: Path | None = None,
-) -> Trained:
+) -> None:
     """Minimise ``loss`` over the trainable parameters of ``module`` with Adam; one batch a step.
 
     Parameters that a loss does not reach keep weights and moments in that step (gradients are None, not
@@ -120,7 +91,6 @@ def train(
         weight_decay: L2 term added to gradients, as in ``torch.optim.Adam``.
         clip: largest L2 norm of all gradients together; longer ones are scaled down.
         average: decay of an exponential moving average of the weights, which are the result then.
-        plateau: when to stop early; None = never.
         generator: what ``batches`` draws from; its state goes into the checkpoint as a check of identity.
         progress: called with (steps done, steps, message) after every step; training ends when it returns True.
         checkpoint: file that an interrupted training is continued from; written beside and moved.
@@ -136,15 +106,14 @@ def train(
         run.load(checkpoint, identity)
         for _ in range(run.done):
             next(batches)
-    window = plateau.window if plateau else max(1, min(50, steps))
     written = time.monotonic()
     good = run.snapshot()
-    while run.done < steps and not run.finished:
+    while run.done < steps:
         rate = lr * run.slower * (schedule(run.done) if schedule else 1.0)
         batch, weight = _ranks.share(next(batches))
-        value = run.step(functools.partial(_weighted, loss, batch, weight), rate, clip)
+        stepped = run.step(functools.partial(_weighted, loss, batch, weight), rate, clip)
         run.done += 1
-        if value is None:
+        if not stepped:
             run.restore(good)
             run.rollbacks += 1
             run.slower *= 0.5
@@ -154,10 +123,8 @@ def train(
                     f"{steps}; the last good weights are kept",
                     hint="Use a smaller learning rate (--set lr=...), and look at the training images.",
                 )
-        else:
-            run.record(value, window, plateau)
-            if run.done % SNAPSHOT_STEPS == 0:
-                good = run.snapshot()
+        elif run.done % SNAPSHOT_STEPS == 0:
+            good = run.snapshot()
         if progress and progress(run.done, steps, "training"):
             break
         if checkpoint is not None and time.monotonic() - written > CHECKPOINT_SECONDS and run.done < steps:
@@ -165,7 +132,6 @@ def train(
                 run.save(checkpoint, identity)
             written = time.monotonic()
     run.finish()
-    return Trained(run.done, run.windows, run.rollbacks)
 
 
 def _weighted(loss: Callable[[Batch], Tensor], batch: Batch, weight: float) -> Tensor:
@@ -199,27 +165,23 @@ class _Run:
         self.done = 0
         self.rollbacks = 0
         self.slower = 1.0
-        self.windows: list[float] = []
-        self.current: list[float] = []
-        self.finished = False
 
-    def step(self, loss: Callable[[], Tensor], rate: float, clip: float | None) -> float | None:
-        """Do one step; return the loss, or None when it or the gradient was not finite (nothing changed)."""
+    def step(self, loss: Callable[[], Tensor], rate: float, clip: float | None) -> bool:
+        """Do one step; return False when loss or gradient was not finite, and nothing changed."""
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.zero_grad(set_to_none=True)
         value = loss()
         total = value.detach().clone()
         _ranks.add_up([total])
-        number = float(total)
-        if not math.isfinite(number):
-            return None
+        if not math.isfinite(float(total)):
+            return False
         value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         reached = [p for p in self.parameters.values() if p.grad is not None]
         _ranks.add_up(p.grad for p in reached if p.grad is not None)
         norm = nn.utils.clip_grad_norm_(reached, clip if clip is not None else math.inf)
         if not math.isfinite(float(norm)):
-            return None
+            return False
         self.optimiser.step()
         if self.decay is not None:
             # A short memory first (Adam's warm-up is not worth remembering), the full one later.
@@ -227,17 +189,7 @@ class _Run:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     self.mean[name].lerp_(parameter, 1 - decay)
-        return number
-
-    def record(self, value: float, window: int, plateau: Plateau | None) -> None:
-        self.current.append(value)
-        if len(self.current) < window:
-            return
-        self.windows.append(math.fsum(self.current) / window)
-        self.current.clear()
-        if plateau and len(self.windows) > plateau.patience:
-            best = min(self.windows[: -plateau.patience])
-            self.finished = min(self.windows[-plateau.patience :]) > best - plateau.gain
+        return True
 
     def tensors(self) -> dict[str, Tensor]:
         found = {f"weight.{n}": p.detach() for n, p in self.parameters.items()}
@@ -273,8 +225,6 @@ class _Run:
             "done": str(self.done),
             "rollbacks": str(self.rollbacks),
             "slower": repr(self.slower),
-            "windows": ",".join(map(repr, self.windows)),
-            "current": ",".join(map(repr, self.current)),
         }
         with atomic_write(path) as temporary:
             tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
@@ -301,8 +251,6 @@ class _Run:
         self.restore(state)
         self.done, self.rollbacks = int(found["done"]), int(found["rollbacks"])
         self.slower = float(found["slower"])
-        self.windows = [float(v) for v in found["windows"].split(",") if v]
-        self.current = [float(v) for v in found["current"].split(",") if v]
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -184,18 +184,6 @@ def inverse_factor(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return inverse, 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
 
 
-def mahalanobis(vectors: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-    """Return squared Mahalanobis distances [B, P] of vectors [B, P, C] by position.
-
-    Args:
-        vectors: [B, P, C].
-        mean: [P, C].
-        inverse: [P, r, C] from :func:`inverse_factor`.
-    """
-    centred = (vectors - mean).permute(1, 2, 0)  # [P, C, B]
-    return torch.bmm(inverse, centred).square().sum(dim=1).T
-
-
 def leave_one_out(distances: Tensor, count: int, weight: float) -> Tensor:
     """Return what squared Mahalanobis distances of training vectors would be, had each been left out.
 
