@@ -314,8 +314,7 @@ def _count_plain(flat: Ints, levels: Floats, shape: tuple[int, int], limit: int)
     grid = rank.reshape(shape)
     a = np.concatenate([grid[:, :-1].ravel(), grid[:-1].ravel()])
     b = np.concatenate([grid[:, 1:].ravel(), grid[1:].ravel()])
-    # An edge appears with its lower pixel, i.e. its later rank; +1 because a sparse matrix takes 0 for no
-    # edge.
+    # An edge appears with its lower pixel, i.e. its later rank; +1 because a sparse matrix takes 0 for no edge.
     weights = np.maximum(a, b) + 1.0
     forest = minimum_spanning_tree(coo_matrix((weights, (a, b)), shape=(n, n)).tocsr(), overwrite=True)
     joined = np.bincount(forest.data.astype(np.int64) - 1, minlength=n)

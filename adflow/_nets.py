@@ -21,7 +21,7 @@ class Stages(nn.Module):
     Args:
         stem: everything before the first stage.
         stages: in order; nothing after the last one is needed.
-        taps: per stage the position in the result, or None.
+        tapped: per stage, whether its output is in the result.
     """
 
     def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], tapped: Sequence[bool]) -> None:

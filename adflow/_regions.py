@@ -228,8 +228,7 @@ def add_curves(levels: Array, counts: Array, owner: Array) -> Curves:
 def lowest_level(curves: Curves, risk: Array, wish: float) -> float | None:
     """Return the smallest level at which, and above which, ``risk`` (just below each level) keeps the wish.
 
-    ``risk[k]`` holds for t in [level[k + 1], level[k]), so the answer is level[k] of the first k that breaks
-    it.
+    ``risk[k]`` holds for t in [level[k + 1], level[k]), so the answer is level[k] of the first k that breaks it.
     None: it is never broken.
     """
     broken = np.flatnonzero(risk > wish * (1 + 1e-12))

@@ -41,7 +41,7 @@ class Store(ABC):
 
     @abstractmethod
     def whole(self) -> Tensor:
-        """Return all rows [N, C, h, w] without copying them."""
+        """Return all rows [N, C, h, w], without copying where they lie together here; not to be written to."""
 
     @abstractmethod
     def rows(self, indices: Sequence[int]) -> Tensor:

@@ -54,7 +54,7 @@ class Calibration:
         counts: [K] int64, the region count reached just below each level.
         offsets: [n + 1] int64, where the curve of each image starts and ends.
         pixel_level: 0.1 % of the pixels of good images lie above it.
-        pixel_median: median over the images of the median of their map.
+        pixel_median: median over the images of the median of their map; of merged parts, the median of theirs.
         max_count: curves end after the first count above this.
     """
 
@@ -300,8 +300,7 @@ class Calibration:
 
         Returns:
             "images"; "auc": P(incoming score > held-out score), 0.5 = alike; "p_value" of the two-sided rank
-            test (Mann-Whitney); "below_median": share of incoming scores below the held-out median, 0.5 =
-            alike;
+            test (Mann-Whitney); "below_median": share of incoming scores below the held-out median, 0.5 = alike;
             "warning": a sentence when p < 0.01 and the AUC is off by more than 0.15, else None.
             Many defective images look like a shift: judge the warning on images that should be good.
         """

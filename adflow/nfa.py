@@ -147,8 +147,7 @@ def _charges(sizes: tuple[int, ...], n: int, tests: Tests) -> tuple[Array, float
     if tests == "image":
         # The same charge for every region: added at the end, as it cannot change which region is best.
         return np.zeros(n + 1), 0.0
-    # Regions of area r form a family of their own, sum(sizes) places x shapes; Bonferroni over the possible
-    # areas.
+    # Regions of area r form a family of their own, sum(sizes) places x shapes; Bonferroni over the possible areas.
     charge = _log10_shapes(n) + np.log10(sum(sizes)) + np.log10(max(sizes))
     return charge, float(charge[1])
 
@@ -158,8 +157,7 @@ def _evidence(level: Array, dof: float, tail: Tail) -> Array:
     if tail == "gamma":
         exact: Array = -_chi2_log_sf(level * dof, dof) / np.log(10)
         return exact
-    # Chernoff's bound of the chi-square tail, exp(-dof/2 (t - 1 - ln t)) for t >= 1 (U-Flow, Proposition on
-    # the NFA).
+    # Chernoff's bound of the chi-square tail, exp(-dof/2 (t - 1 - ln t)) for t >= 1 (U-Flow, Proposition on the NFA).
     x = level - 1
     with np.errstate(divide="ignore"):
         evidence: Array = (dof / (2 * np.log(10))) * np.maximum(x - np.log1p(x), 0)

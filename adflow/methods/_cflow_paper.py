@@ -136,8 +136,7 @@ def probability_map(
         likelihoods: log p / C per tap, [B, h, w].
         size: (H, W).
         maxima: one number per tap; None = the maximum over the given images, as the original does with its
-        whole test
-            set: the result for an image then depends on the others.
+            whole test set: the result for an image then depends on the others.
     """
     total = torch.zeros(())
     for number, values in enumerate(likelihoods):

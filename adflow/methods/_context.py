@@ -165,8 +165,7 @@ class ContextWhitening(nn.Module):
         kept = min(kept, len(seen) - 1)
         values, vectors = values[-kept:].flip(0), vectors[:, -kept:].flip(1)
         good = values > values[0] * 1e-9
-        # Component k of an image is vectors[:, k] * sqrt(values[k]); divided by its deviation over the
-        # images.
+        # Component k of an image is vectors[:, k] * sqrt(values[k]); it is divided by its deviation over the images.
         scale = torch.where(good, (len(seen) - 1) ** 0.5 / values.clamp(min=1e-30), torch.zeros(()).double())
         self.centre.copy_(centre)
         self.basis[:, :kept] = (weight.unsqueeze(1) * (centred.T @ vectors) * scale).to(self.basis.dtype)

@@ -46,9 +46,8 @@ class PositionGaussians(nn.Module):
     Args:
         positions: P.
         width: d.
-        rank: keep that many principal axes a position, and one variance for all others (probabilistic
-            PCA, Tipping &
-            Bishop, 1999): d / rank times less memory and time. None = the full covariance.
+        rank: keep that many principal axes a position, and one variance for all others (probabilistic PCA,
+            Tipping & Bishop, 1999): d / rank times less memory and time. None = the full covariance.
     """
 
     mean_: Tensor

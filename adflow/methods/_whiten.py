@@ -106,7 +106,7 @@ class Whitening:
     Attributes:
         mean: [C] float64.
         basis: [C, C] float64; column j is eigenvector j of the correlation, divided by the channels'
-        deviations.
+            deviations.
         spectrum: [C] float64 eigenvalues of the correlation plus the ridge, descending; all > 0.
     """
 

@@ -46,18 +46,16 @@ class PaDiM(FeatureDetector):
     Args:
         backbone: images to feature pyramid.
         channels: how many channels to draw (paper: 100 for ResNet-18, 550 for WideResNet-50); None = all.
-        Drawn by
-            Python's ``random.sample`` from the seed of ``fit``: seed 1024 gives the subsets of the repository
-            most published numbers were made with.
+            Drawn by Python's ``random.sample`` from the seed of ``fit``: seed 1024 gives the subsets of the
+            repository most published numbers were made with.
         grid: "finest" (paper: coarser taps are repeated) or "coarsest" (finer taps are averaged).
         whiten: model in the whitened space of all patches.
         ridge: added to the covariance's diagonal; with ``whiten`` to the eigenvalues of the global
-        correlation.
+            correlation.
         shrinkage: weight of the identity in whitened space, in [0, 1); needs ``whiten``.
         log_det: add the log determinant and divide by the number of channels, instead of the square root.
         rank: keep that many principal axes a position, and one variance for all others (probabilistic PCA,
-        Tipping &
-            Bishop, 1999): C/rank times less memory. None = the full covariance.
+            Tipping & Bishop, 1999): C/rank times less memory. None = the full covariance.
         max_memory: bytes the process may hold while fitting, such as "2GiB"; refuses before it starts when it cannot
             be kept. None = no limit.
         base: options of every feature detector (smooth, image_score, margin).
