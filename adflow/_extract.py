@@ -86,7 +86,7 @@ def finite(level: Tensor, dtype: torch.dtype, image: int) -> Tensor:
     if bool(torch.isfinite(level).all()):
         raise InputError(
             f"features of image {image} reach {float(level.abs().max()):.3g}, too large for {dtype}",
-            hint="Store features as bfloat16 or float32.",
+            hint="Store features as float32 or bfloat16 (--feature-dtype).",
         )
     raise InputError(
         f"features of image {image} are not finite (NaN or infinite)",

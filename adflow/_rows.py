@@ -67,7 +67,7 @@ class RamStore(Store):
         except (RuntimeError, MemoryError) as error:
             raise ResourceError(
                 f"not enough RAM for {capacity} rows of features {shape}",
-                hint="Lower --feature-memory, so that they go to disk, or store them as bfloat16.",
+                hint="Lower --feature-memory, so that they go to disk, or store them as bfloat16 (--feature-dtype).",
             ) from error
 
     def append(self, row: Tensor) -> None:

@@ -73,7 +73,7 @@ class CSFlow(MapFlow):
         score_by: "energy" or "density", see above.
         map_scales: "all" or "finest".
         image_by: "mean" (paper) or "map" (``image_score`` of the map).
-        common: see :class:`adflow.detector.FeatureDetector`.
+        base: options of every feature detector (smooth, image_score, margin).
     """
 
     paper: ClassVar[str] = (
@@ -128,9 +128,9 @@ class CSFlow(MapFlow):
         score_by: str = "density",
         map_scales: str = "finest",
         image_by: str = "map",
-        **common: Any,
+        **base: Any,
     ) -> None:
-        super().__init__(backbone, **common)
+        super().__init__(backbone, **base)
         one_of("join", join, ("image", *JOINS))
         one_of("norm", norm, NORMS)
         one_of("score_by", score_by, ("energy", "density"))

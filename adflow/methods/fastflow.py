@@ -76,7 +76,7 @@ class FastFlow(MapFlow):
         warm: raise and lower the learning rate over the training (one cycle) instead of keeping it.
         weight_decay: Adam's L2 term.
         score_by: "likelihood" or "density", see above.
-        common: see :class:`adflow.detector.FeatureDetector`.
+        base: options of every feature detector (smooth, image_score, margin).
     """
 
     paper: ClassVar[str] = (
@@ -127,9 +127,9 @@ class FastFlow(MapFlow):
         warm: bool = True,
         weight_decay: float = 1e-5,
         score_by: str = "density",
-        **common: Any,
+        **base: Any,
     ) -> None:
-        super().__init__(backbone, **common)
+        super().__init__(backbone, **base)
         one_of("kernels", str(kernels), ("3", "31"))
         one_of("join", join, JOINS)
         one_of("norm", norm, NORMS)

@@ -80,7 +80,7 @@ class UFlow(FeatureDetector):
         lr: Adam's learning rate.
         weight_decay: Adam's L2 term.
         score_by: "likelihood" (the paper's map) or "density".
-        common: see :class:`adflow.detector.FeatureDetector`.
+        base: options of every feature detector (smooth, image_score, margin).
     """
 
     paper: ClassVar[str] = (
@@ -125,9 +125,9 @@ class UFlow(FeatureDetector):
         lr: float = 1e-3,
         weight_decay: float = 1e-5,
         score_by: str = "density",
-        **common: Any,
+        **base: Any,
     ) -> None:
-        super().__init__(backbone, **common)
+        super().__init__(backbone, **base)
         one_of("norm", norm, NORMS)
         one_of("score_by", score_by, SCORES)
         at_least(0, epochs=epochs)
