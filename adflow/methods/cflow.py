@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 POOL_BYTES = 512 << 20
 MOST_PASSES = 10  # times that an optimiser sees a feature vector, at most, when batches are random
 
+Batch = tuple[int, Tensor, Tensor | None]  # number of a decoder, its vectors, their codes
+Course = tuple[Iterator[Batch], int, Callable[[int], float]]  # of a training: batches, steps, schedule
+
 
 class CFlow(FeatureDetector):
     """Negative log-density of patch features given their position, by a conditional flow.
@@ -291,11 +294,30 @@ class CFlow(FeatureDetector):
     ) -> None:
         """Solve the first layers, train the couplings, learn what scoring must know of other images."""
         pools = [self._learn_first(bank, k, generator) for k in range(len(self.first))]
-        trained = self.blocks > 0 and (self.passes > 0 or self.steps > 0)
-        if trained and self.passes:
-            self._train_passes(bank, generator, progress, checkpoint)
-        elif trained:
-            self._train_steps(bank, pools, generator, progress, checkpoint)
+
+        def loss(batch: Batch) -> Tensor:
+            head, vectors, code = batch
+            z, logdet = self.decoders[head](vectors, None if code is None else [code])
+            return original.fiber_loss(log_likelihood(z, logdet), vectors.shape[1], self.loss)
+
+        if self.blocks and (self.passes or self.steps):
+            batches, steps, schedule = (
+                self._original_batches(bank, generator) if self.passes else self._random_batches(bank, pools, generator)
+            )
+            train(
+                self.decoders,
+                loss,
+                batches,
+                steps=steps,
+                lr=self.lr,
+                schedule=schedule,
+                clip=self.clip or None,
+                average=self.average or None,
+                generator=generator,
+                progress=progress,
+                checkpoint=checkpoint,
+            )
+            del batches  # and the vectors it draws from
         self._learn_scale(bank, pools)
 
     def _rows(self, bank: FeatureBank, head: int) -> Callable[[Sequence[int]], Tensor]:
@@ -313,20 +335,12 @@ class CFlow(FeatureDetector):
         parts = self.folds if self.blocks else 1
         return cross_fitted(layer, rows, order, views=bank.views, folds=self.folds, keep=keep, parts=parts)
 
-    def _train_steps(
-        self,
-        bank: FeatureBank,
-        pools: list[Tensor],
-        generator: torch.Generator,
-        progress: Progress | None,
-        checkpoint: Path | None,
-    ) -> None:
+    def _random_batches(self, bank: FeatureBank, pools: list[Tensor], generator: torch.Generator) -> Course:
         """Random vectors of random images, decoder after decoder."""
-        if not pools:
-            pools = [self._vectors(bank, head) for head in range(len(self.grids))]
+        pools = pools or [self._vectors(bank, head) for head in range(len(self.grids))]
         codes = self.codes()
 
-        def batches() -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        def batches() -> Iterator[Batch]:
             for head in itertools.cycle(range(len(pools))):
                 pool, code = pools[head], codes[head]
                 chosen = torch.randint(pool.shape[0] * pool.shape[1], (self.fibers,), generator=generator)
@@ -335,12 +349,12 @@ class CFlow(FeatureDetector):
 
         vectors = max(pool.shape[0] * pool.shape[1] for pool in pools)
         # The same vectors again and again only teach them by heart: small data sets get fewer steps.
-        each = max(1, min(self.steps, MOST_PASSES * vectors // self.fibers))
-        steps = each * len(pools)
-        self._train(batches(), steps, one_cycle(steps), generator, progress, checkpoint)
+        steps = max(1, min(self.steps, MOST_PASSES * vectors // self.fibers)) * len(pools)
+        return batches(), steps, one_cycle(steps)
 
     def _vectors(self, bank: FeatureBank, head: int) -> Tensor:
-        per_image = 4 * self.grids[head][0] * self.grids[head][1] * self._width(head)
+        width = int(self.decoders[head].dims_in[0][0])  # type: ignore[index]  # FrEIA is untyped
+        per_image = 4 * self.grids[head][0] * self.grids[head][1] * width
         step = -(-len(bank) * per_image // self._pool_bytes())
         rows = self._rows(bank, head)
         return torch.cat([rows([row]) for row in range(0, len(bank), step)]).flatten(2).transpose(1, 2)
@@ -349,27 +363,16 @@ class CFlow(FeatureDetector):
         # Twice while its parts are joined, beside the features that are read.
         return min(POOL_BYTES, (parse_bytes(self.max_memory) or 8 * POOL_BYTES) // 8)
 
-    def _width(self, head: int) -> int:
-        return int(self.decoders[head].dims_in[0][0])  # type: ignore[index]  # FrEIA is untyped
-
-    def _train_passes(
-        self,
-        bank: FeatureBank,
-        generator: torch.Generator,
-        progress: Progress | None,
-        checkpoint: Path | None,
-    ) -> None:
+    def _original_batches(self, bank: FeatureBank, generator: torch.Generator) -> Course:
         """The original's loop: shuffled batches of images, all steps of one tap before the next."""
         images = len(bank) // bank.views
         batch = min(self.images, images)
-        batches = images // batch
         codes = [
             torch.empty(grid[0] * grid[1], 0) if c is None else c
             for grid, c in zip(self.grids, self.codes(), strict=True)
         ]
-        per_batch = [batch * grid[0] * grid[1] // self.fibers for grid in self.grids]
 
-        def steps() -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        def batches() -> Iterator[Batch]:
             for rows in original.image_batches(images, bank.views, batch, generator):
                 pyramid = self.inputs(bank.pyramid(rows))
                 if self.first:
@@ -382,37 +385,9 @@ class CFlow(FeatureDetector):
                 ):
                     yield head, vectors, code if self.position else None
 
-        per = max(1, sum(per_batch))
-        rate = original.paper_schedule(self.passes, batches, per)
-        self._train(steps(), max(1, self.passes * batches * per), rate, generator, progress, checkpoint)
-
-    def _train(
-        self,
-        batches: Iterator[tuple[int, Tensor, Tensor | None]],
-        steps: int,
-        schedule: Callable[[int], float],
-        generator: torch.Generator,
-        progress: Progress | None,
-        checkpoint: Path | None,
-    ) -> None:
-        def loss(batch: tuple[int, Tensor, Tensor | None]) -> Tensor:
-            head, vectors, code = batch
-            z, logdet = self.decoders[head](vectors, None if code is None else [code])
-            return original.fiber_loss(log_likelihood(z, logdet), vectors.shape[1], self.loss)
-
-        train(
-            self.decoders,
-            loss,
-            batches,
-            steps=steps,
-            lr=self.lr,
-            schedule=schedule,
-            clip=self.clip or None,
-            average=self.average or None,
-            generator=generator,
-            progress=progress,
-            checkpoint=checkpoint,
-        )
+        per_batch = max(1, sum(batch * grid[0] * grid[1] // self.fibers for grid in self.grids))
+        schedule = original.paper_schedule(self.passes, images // batch, per_batch)
+        return batches(), max(1, self.passes * (images // batch) * per_batch), schedule
 
     @torch.no_grad()
     def _learn_scale(self, bank: FeatureBank, pools: list[Tensor]) -> None:
