@@ -9,6 +9,7 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from adflow import features
 from adflow.backbones import Backbone, make_backbone
 from adflow.errors import InputError, ResourceError, UsageError
-from adflow.features import FeatureBank
+from adflow.features import FeatureBank, Resources
 
 
 class Source:
@@ -279,6 +280,27 @@ def test_wrong_requests_are_refused(tiny_backbone: Backbone, source: Source) -> 
         FeatureBank.build(tiny_backbone, source, views=0)
     with pytest.raises(UsageError, match="needs a generator"):
         FeatureBank.build(tiny_backbone, source, augment=lambda image, g: image)
+
+
+def test_only_images_that_can_be_divided_are_spread(tiny_backbone: Backbone, source: Source) -> None:
+    class Divided(Source):
+        skipped: ClassVar[list[Any]] = []
+
+        def part(self, start: int, stop: int) -> Source:
+            return Source(self.images[start:stop])
+
+        def leave_out(self, skipped: object) -> None:
+            pass
+
+    elsewhere = FeatureBank.build(tiny_backbone, source)
+    resources = Resources(spread=lambda backbone, images, dtype, progress: elsewhere)
+    divided = Divided(source.images)
+    assert resources.build(tiny_backbone, divided) is elsewhere
+    views = {"views": 2, "augment": lambda image, _: image, "generator": torch.Generator().manual_seed(0)}
+    for images, how in ((source, {}), (divided, views)):
+        with resources.build(tiny_backbone, images, **how) as here:  # type: ignore[arg-type]
+            assert here is not elsewhere and here.views == (2 if how else 1)
+            assert torch.equal(here.level(0)[:: here.views], elsewhere.level(0))
 
 
 def test_images_of_different_sizes_are_refused(tiny_backbone: Backbone) -> None:

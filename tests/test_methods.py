@@ -243,6 +243,13 @@ def test_listing_methods_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_methods_that_need_no_flow_load_none() -> None:
+    """FrEIA takes a second to import."""
+    names = ", ".join(f"adflow.methods.{name}" for name in ("cflow", "cutpaste", "pefm"))
+    code = f"import sys, {names}; assert 'FrEIA' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 TOY = '''
     """A method in one file: the distance of each cell to the mean of all good cells."""
 
