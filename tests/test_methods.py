@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from adflow import methods
+from adflow._clock import counting
 from adflow.backbones import Backbone
 from adflow.bundle import MODELS, open_model
-from adflow.detector import Detector
+from adflow.detector import Detector, FeatureDetector
 from adflow.detector_file import load_detector, save_detector
 from adflow.errors import AdflowError, InputError, UsageError
 from adflow.tasks._program import Form, Thresholds, write_program
@@ -191,6 +192,13 @@ def test_facts_are_there_without_importing_torch(name: str) -> None:
     assert row["paper"] and row["year"] and row["learns"] and row["fit_cost"] and row["score_cost"]
     # Without a null model a method need not say so.
     assert row.get("null", False) is methods.get(name).has_null
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if issubclass(methods.get(name), FeatureDetector)])
+def test_what_the_image_score_takes_is_counted(name: str, fitted: dict[str, Detector]) -> None:
+    with counting("method") as seconds:
+        fitted[name].score(good_images(1))
+    assert "image score" in seconds
 
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from adflow import backbones, data, methods
 from adflow.cli._console import image_table
+from adflow.tasks import _device
 
 from .conftest import Call, write_part
 
@@ -63,6 +64,19 @@ def test_score_gives_table_csv_jsonl_and_verdicts(parts: Path, runs: Path, tmp_p
     shown = call("score", parts / "test", "--runs", runs, "--out", tmp_path, "--profile")
     assert "verdict" in shown.out and "the run fitted last" in shown.err
     assert "ms per image" in shown.err and "encoder" in shown.err and "images/s: 12 images" in shown.err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_precision_that_is_not_there_is_told_of(
+    there: bool, parts: Path, runs: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_device, "has_bf16", lambda device: there)
+    exact, other = (
+        call("score", parts / "test", "--runs", runs, "--out", tmp_path / name, "--precision", name, "--json")
+        for name in ("float32", "bf16")
+    )
+    assert exact.code == other.code == 0 and ("float32 is used" in other.err) is not there
+    assert (exact.json()["rows"] == other.json()["rows"]) is not there
 
 
 def test_segment_writes_masks_overlays_regions_and_coco(parts: Path, runs: Path, tmp_path: Path, call: Call) -> None:
