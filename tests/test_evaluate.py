@@ -395,9 +395,11 @@ def test_units_share_features_and_fill_the_processes(spots: Dataset) -> None:
     from dataclasses import replace
 
     jobs = [replace(job, group=("set", "/", "taps")) for job in plan(spots, "ab", (0, 1))]
-    assert task._units(jobs, [0, 1, 2, 3], 1) == [[0, 1, 2, 3]]
-    assert task._units(jobs, [0, 1, 2, 3], 2) == [[0, 1], [2, 3]]
-    assert task._units(jobs, [0, 2, 3], 3) == [[0], [2], [3]]
+    assert task._groups(jobs, [0, 1, 2, 3]) == [[0, 1, 2, 3]]
+    assert task._groups([*jobs[:2], *plan(spots, "ab", (0, 1))[2:]], [0, 1, 2, 3]) == [[0, 1], [2], [3]]
+    assert task._divided([[0, 1, 2, 3]], 1) == [[0, 1, 2, 3]]
+    assert task._divided([[0, 1, 2, 3]], 2) == [[0, 1], [2, 3]]
+    assert task._divided([[0, 2, 3]], 3) == [[0], [2], [3]]
     assert _cells.unique([*jobs, *jobs]) == jobs
     renamed = _cells.unique([jobs[0], replace(jobs[0], key="other")])
     assert renamed[1].name != renamed[0].name

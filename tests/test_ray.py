@@ -20,11 +20,13 @@ from miniatures import make_mvtec
 from PIL import Image
 
 from adflow import cli, features, methods
-from adflow.data import Images, Sample
+from adflow.data import Images, Sample, open_data
 from adflow.detector import Resources
 from adflow.errors import InputError, UnavailableError
 from adflow.pipeline import run
 from adflow.tasks import _ray
+from adflow.tasks import evaluate as task
+from adflow.tasks._cells import Measuring, plan_fits
 from adflow.tasks.fit import FitOptions, fit_detector
 
 ray = pytest.importorskip("ray")
@@ -158,6 +160,34 @@ def test_commands_write_the_same_files(nodes: tuple[Any, Any], tmp_path: Path) -
                 files["cell"] = json.dumps(cell | {"cost": 0}).encode()
             found.append(files)
         assert found[0] == found[1] and len(found[0]) >= 2, name
+
+
+def test_cells_read_features_that_the_nodes_extracted_once(
+    nodes: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(make_mvtec(tmp_path / "mvtec", ["cable"], train=12) / "cable")[0]
+    options, measuring = FitOptions(size=(64, 64)), Measuring()
+    jobs = plan_fits([data], ["padim", "patchcore"], [0, 1], options, measuring)
+    folders = [tmp_path / name for name in ("here", "there")]
+    there = _ray.connect(nodes[0].address)
+    for folder, cluster in zip(folders, (None, there), strict=True):
+        assert not task.evaluate(jobs, measuring, folder, cluster=cluster).failed
+    cells = [[json.loads(path.read_text()) for path in sorted(folder.glob("cells/*.json"))] for folder in folders]
+    assert len(cells[0]) == 4
+    assert [cell | {"cost": 0} for cell in cells[0]] == [cell | {"cost": 0} for cell in cells[1]]
+
+    # The features of a cell that a task is sent are all that it needs of the training images.
+    assert task._extracted(jobs, [[0], [1]], there, None) == {}
+    shared = task._extracted(jobs, [[0, 1, 2, 3]], there, None)
+    assert set(shared) == {0, 1, 2, 3} and len(set(map(id, shared.values()))) == 1
+    items = [task._Item(jobs[i], measuring, tmp_path / "sent", None, None, None, shared[i]) for i in (0, 2)]
+    (tmp_path / "sent" / "cells").mkdir(parents=True)
+    sent = ray.cloudpickle.loads(ray.cloudpickle.dumps(items))
+    monkeypatch.setattr(features, "_Extraction", None)
+    assert [list(task.work([item])) for item in sent] == [[None], [None]]
+    for item in sent:
+        cell = json.loads((tmp_path / "sent" / "cells" / f"{item.job.name}.json").read_text())
+        assert cell | {"cost": 0} in [one | {"cost": 0} for one in cells[0]]
 
 
 def test_no_cluster_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:

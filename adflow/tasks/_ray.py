@@ -324,6 +324,10 @@ class _Spread(FeatureBank):
         super().__init__([SubsetStore(level, rows) for level in chunks], size, 1, "features: on the cluster", False)
         self._cluster, self._chunks, self._rows = cluster, chunks, rows
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A task that gets these features reads them where it is: it starts no tasks of its own.
+        return FeatureBank, (self._stores, self.size, self.views, self.note, self.on_disk)
+
     def subset(self, images: Sequence[int]) -> FeatureBank:
         super().subset(images)  # raises where there is no such image
         return _Spread(self._cluster, self._chunks, [self._rows[i] for i in images], self.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import statistics
 import time
@@ -87,6 +88,7 @@ class _Item:
     keep: Path | None
     command: str | None
     stale: str | None = None  # sha256 of a cell that is there and is to be made anew
+    features: TrainFeatures | None = None  # of the training images, where the nodes of a cluster have extracted them
 
     def made(self) -> dict[str, Any] | None:
         """Return the cell when it is there, and not the one that is to be made anew."""
@@ -159,13 +161,20 @@ def evaluate(
     reused = len(found)
     workers = cluster.cpus if cluster else measuring.workers or max(1, default_workers() // max(1, processes))
     measuring = replace(measuring, workers=workers)
-    units = _units(jobs, pending, processes)
+    clock.start()
+    units, shared = _groups(jobs, pending), dict[int, TrainFeatures]()
+    if cluster and len(units) < processes:
+        shared = _extracted(jobs, units, cluster, progress)
+        units = [unit for group in units for unit in ([[i] for i in group] if group[0] in shared else [group])]
+    units = _divided(units, processes)
     # A unit that is begun again takes the cells that it has made; what was there before stays until then.
     items = [
-        [_Item(jobs[i], measuring, out, keep, command, _sha256(folder / f"{jobs[i].name}.json")) for i in unit]
+        [
+            _Item(jobs[i], measuring, out, keep, command, _sha256(folder / f"{jobs[i].name}.json"), shared.get(i))
+            for i in unit
+        ]
         for unit in units
     ]
-    clock.start()
     results = (
         cluster.units(work, items, [max(jobs[i].memory for i in unit) for unit in units])
         if cluster
@@ -210,17 +219,40 @@ def _row(cell: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _units(jobs: Sequence[Job], pending: Sequence[int], processes: int) -> list[list[int]]:
-    """Return the cells in units that one process does one after the other; those that share features together.
-
-    Where there are fewer groups than processes the longest are halved: features are then extracted more than once,
-    at the same time.
-    """
+def _groups(jobs: Sequence[Job], pending: Sequence[int]) -> list[list[int]]:
+    """Return the cells that share features together: units that one process does, one cell after the other."""
     groups: dict[Any, list[int]] = {}
     for index in pending:
         job = jobs[index]
         groups.setdefault(job.group if job.group and job.group[-1] else index, []).append(index)
-    units = list(groups.values())
+    return list(groups.values())
+
+
+def _extracted(
+    jobs: Sequence[Job], groups: Sequence[Sequence[int]], cluster: Cluster, progress: Progress | None
+) -> dict[int, TrainFeatures]:
+    """Let all nodes extract the features that the cells of a group share; return them by cell.
+
+    A group whose features cannot be taken is left out: its cells find out why themselves.
+    """
+    found: dict[int, TrainFeatures] = {}
+    for group in groups:
+        job = jobs[group[0]]
+        if len(group) == 1 or job.options is None:
+            continue
+        resources = replace(job.options.resources, workers=cluster.cpus, spread=cluster.bank)
+        with contextlib.suppress(AdflowError):
+            detector, size, keep_aspect = prepare(job.data, job.options)
+            if can_share(detector, job.options.settings):
+                detector.to(choose_device(job.options.device))
+                strict = job.options.strict
+                features = TrainFeatures(detector, job.data.train, size, keep_aspect, strict, resources, progress)
+                found |= dict.fromkeys(group, features)
+    return found
+
+
+def _divided(units: list[list[int]], processes: int) -> list[list[int]]:
+    """Halve the longest units until every process has one; each half extracts the features it needs."""
     while units and len(units) < processes and max(map(len, units)) > 1:
         longest = max(range(len(units)), key=lambda i: len(units[i]))
         unit = units.pop(longest)
@@ -264,6 +296,7 @@ def work(unit: Sequence[_Item], progress: Progress | None = None) -> Iterator[Ex
                     job = replace(job, options=replace(job.options, resources=resources))
                     assert job.options is not None
                     detector, size, keep_aspect = prepare(job.data, job.options)
+                    features = features or item.features
                     if features is None and can_share(detector, job.options.settings):
                         detector.to(choose_device(job.options.device))
                         features = TrainFeatures(
