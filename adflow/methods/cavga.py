@@ -12,6 +12,7 @@ rebuilt ones, and an attention map A by Grad-CAM from z. Loss on good images (se
 
     L = w_r (reconstruction + KL) + w_adv L_adv + w_ae mean(1 - A)        w_r = w_adv = 1, w_ae = 0.01
 
+The reconstruction is ten times the mean squared error, as of a Gaussian with variance 1/20 around what is rebuilt.
 The map is 1 - A, the image score the error of rebuilding. Higher = more anomalous. Two recipes:
 
 * ``paper``, net "deep": convolutions on the image itself (backbone ``pixels``). a_k = mean over cells of d(sum of mu)

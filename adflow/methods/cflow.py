@@ -10,7 +10,8 @@ log-density is log p(x | c) = log N(z; 0, I) + log |det dz/dx| (section 4, eq. 3
 
 Three recipes:
 
-* ``paper``: one decoder per tap on raw features, 8 blocks, the code's loss, schedule and order of steps. The map is
+* ``paper``: one decoder per tap on raw features, 8 blocks, the code's loss, schedule and order of steps; but four
+  turned views of each image, drawn once, stand for the new one that the code draws in every pass. The map is
   the sum over taps of exp(log p / C - maximum), upsampled. The original takes that maximum from the *test set*, so
   that an image's score depends on the images beside it; here it is the maximum over the *training* images.
 * ``fast``: the first layer of a flow over all taps on the coarsest grid, solved in closed form: a Gaussian conditioned

@@ -341,7 +341,9 @@ class DifferNet(Detector):
         with torch.inference_mode(False), torch.enable_grad():
             leaf = copies.clone().requires_grad_(True)
             z, logdet = self.latents(pool(self.backbone(leaf)), first)
-            (gradient,) = torch.autograd.grad(pooled_loss(z, logdet), leaf)
+            # The loss is a mean over all copies, of which these are some.
+            share = len(copies) / len(self.angles())
+            (gradient,) = torch.autograd.grad(share * pooled_loss(z, logdet), leaf)
         return z.detach(), gradient
 
     def _shares(

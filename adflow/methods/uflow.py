@@ -230,7 +230,7 @@ class UFlow(FeatureDetector):
         def loss(pyramid: list[Tensor]) -> Tensor:
             latents, logdet = self.latents(self.inputs(pyramid))
             energy = sum(0.5 * z.square().flatten(1).sum(1) for z in latents)
-            # The original's loss is not divided: Adam's steps do not mind, but its L2 term does and is divided too.
+            # The original's loss is not divided: Adam's steps do not mind, when its L2 term and epsilon are divided too.
             return (energy - logdet).mean() / entries
 
         train(
@@ -240,6 +240,7 @@ class UFlow(FeatureDetector):
             steps=self.epochs * per_epoch,
             lr=self.lr,
             weight_decay=self.weight_decay / entries,
+            eps=1e-8 / entries,
             schedule=lambda step: 1.0 - 0.6 * min(step, 25_000) / 25_000,
             generator=generator,
             progress=progress,
