@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,12 @@ def test_operating_points_of_arrays(case: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ U-Flow (graph)
 
+
+def hidden_ratio(weights: Iterable[Any]) -> float:
+    """Return the ratio by which all first convolutions [out, in, k, k] have out = int(ratio * in)."""
+    return max(weight.shape[0] / weight.shape[1] for weight in weights) + 1e-9
+
+
 UFLOW = files("uflow_")
 
 
@@ -137,10 +144,9 @@ def test_uflow_graph_likelihood_and_gradients(name: str) -> None:
     scales = sum(key.startswith("feat_in") for key in arrays)
     features = [torch.from_numpy(arrays[f"feat_in{i}"]) for i in range(scales)]
     couplings = sum(key.endswith("global_scale") for key in state)
-    widths = next(value.shape[:2] for key, value in state.items() if key.endswith("subnet.0.weight"))
-    flow = u_graph(
-        [tuple(f.shape[1:]) for f in features], flow_steps=couplings // scales, hidden=(widths[0] + 0.5) / widths[1]
-    )
+    first = [value for key, value in state.items() if key.endswith("subnet.0.weight")]
+    shapes = [tuple(f.shape[1:]) for f in features]
+    flow = u_graph(shapes, flow_steps=couplings // scales, hidden=hidden_ratio(first))
     load_graph(flow, state)
     norms = torch.nn.ModuleList()
     prefix = "model.feature_extractor.feature_normalizations."
@@ -631,7 +637,8 @@ def test_cflow_training_steps_are_the_originals() -> None:
     codes = [
         positional_encoding(width, *x.shape[2:]).flatten(1).T for x, (_, width) in zip(features, made, strict=True)
     ]
-    orders = iter([torch.from_numpy(arrays[key]) for key in sorted((k for k in arrays if k.startswith("perm")), key=number)])
+    drawn = sorted((key for key in arrays if key.startswith("perm")), key=number)
+    orders = iter([torch.from_numpy(arrays[key]) for key in drawn])
     batch = int(arrays["batch_size"])
     per_pass = len(features[0]) // batch
     epochs = arrays["meta_epochs_run"].tolist()
@@ -762,8 +769,7 @@ def test_fastflow_likelihood_gradients_inverse_and_map(name: str) -> None:
             if key.startswith(f"{prefix}module_list.") and key.endswith("subnet.0.weight")
         }
         kernels = "31" if any(weight.shape[-1] == 1 for weight in first.values()) else "3"
-        ratio = (first[0].shape[0] + 0.5) / first[0].shape[1]
-        flow = conv_chain(tuple(x.shape[1:]), len(first), kernels=kernels, hidden=ratio)
+        flow = conv_chain(tuple(x.shape[1:]), len(first), kernels=kernels, hidden=hidden_ratio(first.values()))
         load_original(flow, state, prefix=prefix)
         ours |= {f"{prefix}{key}": value for key, value in flow.named_parameters()}
         if f"norms.{i}.weight" in state:
@@ -802,11 +808,11 @@ def test_fastflow_paper_recipe_loads_the_implementations_checkpoint(tiny_backbon
     recipe = FastFlow.recipe_for("paper-resnet18")
     settings = {key: value for key, value in recipe.items() if key not in ("backbone", "taps", "size")}
     steps = sum(key.startswith("nf_flows.0.") and key.endswith("global_scale") for key in state)
-    first = [value for key, value in state.items() if key.startswith("nf_flows.0.") and "subnet.0.weight" in key]
+    first = [value for key, value in state.items() if key.endswith("subnet.0.weight")]
     settings |= {
         "flow_steps": steps,
         "kernels": "31" if any(weight.shape[-1] == 1 for weight in first) else "3",
-        "hidden": (first[0].shape[0] + 0.5) / first[0].shape[1],
+        "hidden": hidden_ratio(first),
     }
     detector = FastFlow(tiny_backbone, **settings)
     channels, grids = [f.shape[1] for f in features], [tuple(f.shape[2:]) for f in features]

@@ -230,7 +230,7 @@ class UFlow(FeatureDetector):
         def loss(pyramid: list[Tensor]) -> Tensor:
             latents, logdet = self.latents(self.inputs(pyramid))
             energy = sum(0.5 * z.square().flatten(1).sum(1) for z in latents)
-            # The original's loss is not divided: Adam's steps do not mind, when its L2 term and epsilon are divided too.
+            # The original does not divide its loss. Divided with L2 term and epsilon, it gives Adam the same steps.
             return (energy - logdet).mean() / entries
 
         train(

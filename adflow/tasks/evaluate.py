@@ -280,7 +280,7 @@ def _reason(error: Exception) -> str:
 
 def work(unit: Sequence[_Item], progress: Progress | None = None) -> Iterator[Exception | None]:
     """Compute the cells of a unit one after the other; yield None or what went wrong for each of them."""
-    features: TrainFeatures | None = None
+    own: TrainFeatures | None = None
     try:
         for item in unit:
             failed: Exception | None = None
@@ -296,10 +296,9 @@ def work(unit: Sequence[_Item], progress: Progress | None = None) -> Iterator[Ex
                     job = replace(job, options=replace(job.options, resources=resources))
                     assert job.options is not None
                     detector, size, keep_aspect = prepare(job.data, job.options)
-                    features = features or item.features
-                    if features is None and can_share(detector, job.options.settings):
+                    if item.features is None and own is None and can_share(detector, job.options.settings):
                         detector.to(choose_device(job.options.device))
-                        features = TrainFeatures(
+                        own = TrainFeatures(
                             detector,
                             job.data.train,
                             size,
@@ -308,6 +307,7 @@ def work(unit: Sequence[_Item], progress: Progress | None = None) -> Iterator[Ex
                             job.options.resources,
                             progress,
                         )
+                    features = item.features or own
                     _measure_fitted(replace(item, job=job), detector, size, keep_aspect, features, progress)
             except Exception as error:
                 # Hours of work must not end with one cell: whatever it is becomes its row, with the trace beside it.
@@ -315,8 +315,8 @@ def work(unit: Sequence[_Item], progress: Progress | None = None) -> Iterator[Ex
                 write_text(item.out / "cells" / f"{job.name}.failed.txt", traceback.format_exc())
             yield failed
     finally:
-        if features is not None:
-            features.close()
+        if own is not None:
+            own.close()
 
 
 def _measure_fitted(
