@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adflow import _ranks
-from adflow._threads import default_workers, in_halves, one_thread, ordered
+from adflow._threads import T, default_workers, in_halves, one_thread, ordered
 from adflow.backbones import Backbone
 from adflow.errors import InputError
 
@@ -40,9 +40,13 @@ class ImageSource(Protocol):
 
 @runtime_checkable
 class Divisible(ImageSource, Protocol):
-    """Images that several processes can divide among themselves."""
+    """Images that several processes or threads can divide among themselves."""
 
     skipped: list[tuple[Path, str]]
+
+    def each(self, work: Callable[[Tensor], T], workers: int) -> Iterator[T]:
+        """Yield what ``work`` makes of every image [1, 3, H, W], in order; so many at once."""
+        ...
 
     def part(self, start: int, stop: int) -> ImageSource:
         """Return the images at places ``start`` to ``stop``, those that are there."""
@@ -148,9 +152,14 @@ class Extraction:
         if self.device.type != "cpu":
             yield from self._together(images)
             return
-        rows = self._rows(images, 2 * self.workers)
-        with one_thread(), ThreadPoolExecutor(self.workers, "adflow-features") as pool:
-            yield from ordered(pool, lambda row: self._alone(*row), rows, ahead=2 * self.workers)
+        with one_thread():
+            if self.augment is None and isinstance(images, Divisible):
+                # One thread takes an image from its file to its features: none waits for another.
+                yield from images.each(lambda image: self._alone(image, 0), self.workers)
+                return
+            rows = self._rows(images, 2 * self.workers)
+            with ThreadPoolExecutor(self.workers, "adflow-features") as pool:
+                yield from ordered(pool, lambda row: self._alone(*row), rows, ahead=2 * self.workers)
 
     def _rows(self, images: ImageSource, batch_size: int) -> Iterator[tuple[Tensor, int]]:
         """Yield every image [1, 3, H, W] once per view, with the seed of that view."""

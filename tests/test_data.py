@@ -502,6 +502,26 @@ def test_no_images_and_silly_batches(files: list[Path]) -> None:
         list(Images(files, (8, 8)).batches(0))
 
 
+def test_work_on_each_image_is_done_where_it_is_decoded_and_comes_in_order(files: list[Path], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    images = Images([files[0], bad, *files[1:]], (8, 8))
+    threads = set[str]()
+
+    def work(image: torch.Tensor) -> torch.Tensor:
+        threads.add(threading.current_thread().name)
+        return image
+
+    found = torch.cat(list(images.each(work, 2)))
+    assert torch.equal(found, torch.cat(list(Images(files, (8, 8)).batches(4))))
+    assert [path for path, _ in images.skipped] == [bad] and len(images) == len(files)
+    assert all(name.startswith("adflow-images") for name in threads)
+    with pytest.raises(InputError, match="bad"):
+        list(Images([files[0], bad], (8, 8), strict=True).each(work, 2))
+    with pytest.raises(ZeroDivisionError):
+        list(images.each(lambda image: 1 // 0, 2))
+
+
 def test_decoding_stays_a_bounded_way_ahead(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
     lock = threading.Lock()
@@ -520,7 +540,7 @@ def test_decoding_stays_a_bounded_way_ahead(files: list[Path], monkeypatch: pyte
     assert len(started) <= 5
     frames.close()
     assert len(started) <= 5
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("adflow-decode")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("adflow-images")]
 
 
 def test_a_batch_is_what_the_files_hold(tmp_path: Path) -> None:

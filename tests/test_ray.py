@@ -20,6 +20,7 @@ from miniatures import make_mvtec
 from PIL import Image
 
 from adflow import cli, features, methods
+from adflow._extract import Extraction
 from adflow.data import Images, Sample, open_data
 from adflow.detector import Resources
 from adflow.errors import InputError, UnavailableError
@@ -183,7 +184,7 @@ def test_cells_read_features_that_the_nodes_extracted_once(
     items = [task._Item(jobs[i], measuring, tmp_path / "sent", None, None, None, shared[i]) for i in (0, 2)]
     (tmp_path / "sent" / "cells").mkdir(parents=True)
     sent = ray.cloudpickle.loads(ray.cloudpickle.dumps(items))
-    monkeypatch.setattr(features, "_Extraction", None)
+    monkeypatch.setattr(Extraction, "run", None)
     assert [list(task.work([item])) for item in sent] == [[None], [None]]
     for item in sent:
         cell = json.loads((tmp_path / "sent" / "cells" / f"{item.job.name}.json").read_text())

@@ -20,7 +20,7 @@ import hashlib
 import os
 import pkgutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, overload
 import numpy as np
 
 from adflow._system import cores
-from adflow._threads import ordered
+from adflow._threads import T, ordered
 from adflow._video import is_frame
 from adflow.data._scan import list_images
 from adflow.errors import InputError, UnavailableError, UsageError, unknown
@@ -286,18 +286,35 @@ class Images:
         Raises:
             InputError: a file cannot be read and ``strict`` is set, or none of them can be read.
         """
+        return self._each(lambda frame: frame, self.workers)
+
+    def each(self, work: Callable[[Tensor], T], workers: int) -> Iterator[T]:
+        """Yield what ``work`` makes of every readable image [1, 3, H, W], in order; it runs where the image is decoded.
+
+        Raises:
+            InputError: as :meth:`frames`.
+        """
+        import torch
+
+        return self._each(lambda frame: work(torch.from_numpy(np.stack([frame.array]))), workers)
+
+    def _each(self, work: Callable[[Frame], T], workers: int) -> Iterator[T]:
+        def from_file(index: int) -> T | InputError:
+            frame = self._decode(index)
+            return frame if isinstance(frame, InputError) else work(frame)
+
         wanted = self._readable()
         count = 0
-        for index, frame in zip(wanted, self._decoded(wanted), strict=True):
-            if isinstance(frame, Frame):
+        for index, found in zip(wanted, _side_by_side(from_file, wanted, workers), strict=True):
+            if not isinstance(found, InputError):
                 count += 1
-                yield frame
+                yield found
                 continue
             if self.strict:
-                raise frame
+                raise found
             self._bad.add(index)
             path = self.path(index)
-            self.skipped.append((path, _reason(frame, path)))
+            self.skipped.append((path, _reason(found, path)))
         if count == 0 and len(self.items) and self._whole:
             path, reason = self.skipped[0]
             raise InputError(f"none of {len(self.items)} images could be read; the first, {show(path)}: {reason}")
@@ -321,13 +338,6 @@ class Images:
         if batch:
             yield torch.from_numpy(np.stack(batch))
 
-    def _decoded(self, wanted: list[int]) -> Iterator[Frame | InputError]:
-        if self.workers < 1:
-            yield from map(self._decode, wanted)
-            return
-        with ThreadPoolExecutor(self.workers, "adflow-decode") as pool:
-            yield from ordered(pool, self._decode, wanted, ahead=2 * self.workers)
-
     def _decode(self, index: int) -> Frame | InputError:
         path = self.path(index)
         try:
@@ -336,6 +346,14 @@ class Images:
             return error
         array, box = fit_to(picture, self.size, self.keep_aspect)
         return Frame(index, path, array, box, (picture.shape[0], picture.shape[1]))
+
+
+def _side_by_side(task: Callable[[int], T], items: Sequence[int], workers: int) -> Iterator[T]:
+    if workers < 1:
+        yield from map(task, items)
+        return
+    with ThreadPoolExecutor(workers, "adflow-images") as pool:
+        yield from ordered(pool, task, items, ahead=2 * workers)
 
 
 def _reason(error: InputError, path: Path) -> str:

@@ -60,9 +60,7 @@ def neighbours(
     return pair[0], pair[1], direction
 
 
-def _jittered(
-    pixels: Tensor, average: Tensor, k: int, count: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _jittered(pixels: Tensor, average: Tensor, k: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw pairs of patches that lie up to a few pixels (k/32, at least 1) apart each way."""
     reach = max(1, k // 32)
     which = torch.randint(len(pixels), (count,), generator=generator)

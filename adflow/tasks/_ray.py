@@ -208,8 +208,8 @@ def connect(address: str | None, *, cpus: int = 1, gpus: float = 0) -> Cluster:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UnavailableError(
                 f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS')}: {_first_line(error)}",
-                hint="Start one with `ray start --head`, or leave --ray-address out to use this machine alone. One with a "
-                "token wants RAY_AUTH_MODE=token and its ~/.ray/auth_token on this machine too.",
+                hint="Start one with `ray start --head`, or leave --ray-address out to use this machine alone. "
+                "One with a token wants RAY_AUTH_MODE=token and its ~/.ray/auth_token on this machine too.",
             ) from error
     return Cluster(cpus, gpus)
 
