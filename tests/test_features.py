@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -285,6 +285,9 @@ def test_wrong_requests_are_refused(tiny_backbone: Backbone, source: Source) -> 
 def test_only_images_that_can_be_divided_are_spread(tiny_backbone: Backbone, source: Source) -> None:
     class Divided(Source):
         skipped: ClassVar[list[Any]] = []
+
+        def each(self, work: Callable[[Tensor], Any], workers: int) -> Iterator[Any]:
+            return map(work, self.images.split(1))
 
         def part(self, start: int, stop: int) -> Source:
             return Source(self.images[start:stop])
