@@ -21,6 +21,7 @@ from PIL import Image
 
 from adflow import cli, features, methods
 from adflow._extract import Extraction
+from adflow._threads import one_thread
 from adflow.data import Images, Sample, open_data
 from adflow.detector import Resources
 from adflow.errors import InputError, UnavailableError
@@ -185,7 +186,8 @@ def test_cells_read_features_that_the_nodes_extracted_once(
     (tmp_path / "sent" / "cells").mkdir(parents=True)
     sent = ray.cloudpickle.loads(ray.cloudpickle.dumps(items))
     monkeypatch.setattr(Extraction, "run", None)
-    assert [list(task.work([item])) for item in sent] == [[None], [None]]
+    with one_thread():
+        assert [list(task.work([item])) for item in sent] == [[None], [None]]
     for item in sent:
         cell = json.loads((tmp_path / "sent" / "cells" / f"{item.job.name}.json").read_text())
         assert cell | {"cost": 0} in [one | {"cost": 0} for one in cells[0]]
