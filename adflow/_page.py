@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from adflow._grid import Grid, plain, show
+from adflow._table import TextTable, plain, show
 
 BINS = 48
 PICTURES_PER_CELL = 16
@@ -104,11 +104,11 @@ def worst(images: Sequence[ImageRecord], count: int = 6) -> list[int]:
 
 
 def page(
-    table: Grid,
+    table: TextTable,
     links: Sequence[tuple[str, str, str, str]],
     cells: Sequence[Cell],
     provenance: Mapping[str, Any],
-    comparison: Grid | None,
+    comparison: TextTable | None,
 ) -> str:
     """Return the page.
 

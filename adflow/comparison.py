@@ -11,7 +11,7 @@ import pandas as pd
 from rich.console import Group
 
 from adflow import published
-from adflow._grid import MISSING, Grid, frame_to_csv, show
+from adflow._table import MISSING, TextTable, frame_to_csv, show
 from adflow.errors import UsageError
 from adflow.report import CONFIG, METRICS, PRINTED, Report, Row
 
@@ -31,7 +31,7 @@ class Comparison:
     block: published.Block
     frame: pd.DataFrame
 
-    def grid(self) -> Grid:
+    def words(self) -> TextTable:
         """Return published, ours and difference, three columns a metric; * = selected on the test set."""
         found: dict[tuple[str, str, str], dict[str, Any]] = {}
         for line in self.frame.to_dict("records"):
@@ -70,19 +70,19 @@ class Comparison:
             notes.append(f"* {which}: selected on the test set ({how}); ours are not")
         notes += [self.block.note] if self.block.note else []
         title = f"{self.block.name}: {self.block.title}; ours: {', '.join(runs)}"
-        return Grid(headings, names, body, means, notes, title)
+        return TextTable(headings, names, body, means, notes, title)
 
     def table(self) -> Group:
         """Return the comparison for a terminal."""
-        return self.grid().rich()
+        return self.words().rich()
 
     def markdown(self) -> str:
         """Return the comparison as Markdown."""
-        return self.grid().markdown()
+        return self.words().markdown()
 
     def latex(self) -> str:
         """Return the comparison as LaTeX (booktabs)."""
-        return self.grid().latex()
+        return self.words().latex()
 
     def csv(self) -> str:
         """Return the frame as CSV; the source is the last column."""

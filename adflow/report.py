@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import pandas as pd
 from rich.console import Group
 
-from adflow._grid import MISSING, Grid, frame_to_csv, number, plain, show, widest
 from adflow._page import Cell, ImageRecord, page, worst
+from adflow._table import MISSING, TextTable, frame_to_csv, number, plain, show, widest
 
 __all__ = ["Cell", "ImageRecord", "Report", "undefined", "worst"]
 
@@ -109,7 +109,7 @@ def _words(value: Any) -> str:
 class Gridded(Protocol):
     """What can be shown as a table."""
 
-    def grid(self) -> Grid: ...
+    def words(self) -> TextTable: ...
 
 
 @dataclass(frozen=True)
@@ -268,15 +268,15 @@ class Report:
 
     def markdown(self) -> str:
         """Return the table of classes as Markdown."""
-        return self.grid().markdown()
+        return self.words().markdown()
 
     def latex(self) -> str:
         """Return the table of classes as LaTeX (booktabs)."""
-        return self.grid().latex()
+        return self.words().latex()
 
     def table(self, width: int = 80) -> Group:
         """Return the table of classes for a terminal of `width` columns: what does not fit is left out."""
-        return self.grid(width).rich()
+        return self.words(width).rich()
 
     def html(self, cells: Sequence[Cell] = (), comparison: Gridded | None = None) -> str:
         """Return one self-contained page: tables, curves, histograms with a movable threshold, pictures.
@@ -289,21 +289,21 @@ class Report:
         links = [
             (line["dataset"], line["class"], line["method"], line["backbone"]) for line in by_class.to_dict("records")
         ]
-        return page(self.grid(), links, cells, self.provenance, comparison.grid() if comparison else None)
+        return page(self.words(), links, cells, self.provenance, comparison.words() if comparison else None)
 
-    def grid(self, width: int | None = None) -> Grid:
+    def words(self, width: int | None = None) -> TextTable:
         """Return the table of classes in words: means over seeds per class, then the means over classes.
 
         Args:
             width: as many columns as fit into so many letters, the most telling first; None: all.
         """
-        return _grid(self, width)
+        return _table(self, width)
 
 
-def _grid(report: Report, width: int | None) -> Grid:
+def _table(report: Report, width: int | None) -> TextTable:
     by_class, means = report.by_class(), report.means()
     if by_class.empty:
-        return Grid(["class"], 1, [], [], ["no rows"])
+        return TextTable(["class"], 1, [], [], ["no rows"])
     means = means[means["classes"] > 1]  # the mean of one class says its line again
     many = {name: by_class[name].nunique() > 1 for name in ("dataset", *CONFIG)}
     names = ["class", *(name for name in CONFIG if many[name])]
@@ -357,7 +357,7 @@ def _grid(report: Report, width: int | None) -> Grid:
     title = ", ".join(str(value) for value in fixed.values() if value)
     sizes = sorted({size for size in by_class["size"] if size})
     title += f", evaluated at {sizes[0]} px" if len(sizes) == 1 else ", size per class" if sizes else ""
-    return Grid(
+    return TextTable(
         [heading for heading, _ in columns],
         len(names),
         lines[: len(by_class)],

@@ -21,7 +21,7 @@ PLUMBING = {
     "cli": ["__main__"],
     "tasks": ["_card"],
     "pipeline": ["bundle", "runs"],
-    "report": ["_grid", "_page", "published"],
+    "report": ["_page", "_table", "published"],
     "data": ["_lite", "_threads", "_weights"],
     "calibration": ["_health"],
     "detector": ["_extract", "_reduce", "_rows"],

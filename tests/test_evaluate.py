@@ -523,7 +523,7 @@ def test_a_real_difference_is_shown_and_chance_is_not(spots: Dataset, tmp_path: 
     assert by_name["pixel_auroc"].low <= by_name["pixel_auroc"].value <= by_name["pixel_auroc"].high < 0
     better = _difference.difference(clean, noisy, "noisy")
     assert better.regressions() == [] and any(line.verdict == "better" for line in better.lines)
-    text = worse.grid().markdown()
+    text = worse.words().markdown()
     assert "worse" in text and "Holm" in text
     seeds = _difference.difference(cells_of(spots, tmp_path / "d", [1.0, 2.0]), clean, "clean")
     assert {line.value for line in seeds.lines if line.metric in ("pixel_auroc", "image_auroc")} == {0.0}

@@ -275,7 +275,7 @@ def test_published_ours_and_difference_side_by_side() -> None:
     assert printed["published"] == 0.9826 and math.isnan(printed["ours"])
     text = found.markdown()
     assert r"91.9\*" in text and "+1.6" in text and "selected on the test set" in text and "Gudovskiy" in text
-    assert all(len(line) == len(found.grid().headings) for line in found.grid().body + found.grid().means)
+    assert all(len(line) == len(found.words().headings) for line in found.words().body + found.words().means)
     assert "Gudovskiy" in found.csv() and r"\toprule" in found.latex()
 
 
@@ -285,9 +285,9 @@ def test_the_printed_average_stands_beside_ours_when_every_class_is_there() -> N
     frame = compare(rows, "anomalib-cflow-wrn50").frame.set_index(["class", "metric"])
     assert frame.loc[("printed average", "pixel_auroc"), "ours"] == pytest.approx(0.97)
     assert not frame.loc[("screw", "pixel_auroc"), "selected_on_test"]
-    grid = compare(rows, "anomalib-cflow-wrn50").grid()
-    assert any("quoted or re-run" in note for note in grid.notes)
-    assert not any("*" in cell for line in grid.body for cell in line)
+    table = compare(rows, "anomalib-cflow-wrn50").words()
+    assert any("quoted or re-run" in note for note in table.notes)
+    assert not any("*" in cell for line in table.body for cell in line)
 
 
 def test_nothing_to_compare_is_a_clear_error() -> None:

@@ -90,7 +90,7 @@ def two_evaluations(sides: Sequence[Side], talk: Talk, fail: bool) -> None:
         )
     ours, other = (read_cells(folder) for folder in folders if folder is not None)
     found = difference(ours, other, sides[1].name)
-    talk.data({"comparison": found.rows()}, found.grid().rich())
+    talk.data({"comparison": found.rows()}, found.words().rich())
     if fail:
         missed = worse([found])
         if missed:

@@ -212,10 +212,10 @@ def evaluate(
         table = _publish.publish(outcome, found, folder, page=report, beside=beside)
     parts: list[Any] = [table.table(talk.out.width)]
     if ci:
-        parts.append(_publish.interval_grid(outcome.rows).rich())
+        parts.append(_publish.interval_table(outcome.rows).rich())
     if per_defect:
-        parts.append(_publish.defect_grid(outcome.rows, talk.out.width).rich())
-    parts += [one.grid().rich() for one in beside]
+        parts.append(_publish.defect_table(outcome.rows, talk.out.width).rich())
+    parts += [one.words().rich() for one in beside]
     talk.data(_publish.whole(table, beside, folder), steps.stacked(parts))
     talk.say(f"written: {folder}/table.csv, .json, .md, .tex" + (", report.html" if report else ""))
     missed = _publish.broken(outcome.rows, table.mean(), wanted)

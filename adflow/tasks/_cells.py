@@ -23,7 +23,7 @@ import torch
 
 from adflow import __version__, methods
 from adflow._files import write_text
-from adflow._grid import plain
+from adflow._table import plain
 from adflow._video import is_frame
 from adflow.data import Dataset
 from adflow.detector_file import read_header

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from adflow import metrics
-from adflow._grid import MISSING, Grid, number, show
+from adflow._table import MISSING, TextTable, number, show
 from adflow.errors import InputError
 from adflow.report import METRICS
 from adflow.tasks._cells import unpack
@@ -87,7 +87,7 @@ class Differences:
         """Return the figures that got worse beyond chance."""
         return [line for line in self.lines if line.verdict == "worse"]
 
-    def grid(self) -> Grid:
+    def words(self) -> TextTable:
         """Return the tests as a table."""
         many = len({line.dataset for line in self.lines}) > 1
         body = []
@@ -117,7 +117,7 @@ class Differences:
             *reasons,
             *self.notes,
         ]
-        return Grid(headings, 3, body, [], notes, f"ours against {self.other}")
+        return TextTable(headings, 3, body, [], notes, f"ours against {self.other}")
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one mapping per test, for JSON and CSV."""

@@ -16,7 +16,7 @@ import torch
 
 from adflow import __version__
 from adflow._files import write_text
-from adflow._grid import Grid, frame_to_csv, number, plain, show, widest
+from adflow._table import TextTable, frame_to_csv, number, plain, show, widest
 from adflow.comparison import Comparison
 from adflow.errors import UsageError, unknown
 from adflow.report import METRICS, Gridded, ImageRecord, Report
@@ -176,7 +176,7 @@ def publish(
             write_text(out / f"{stem}.csv", one.csv())
         elif isinstance(one, Differences):
             write_text(out / f"{stem}.csv", frame_to_csv(pd.DataFrame(one.rows())))
-        write_text(out / f"{stem}.md", one.grid().markdown())
+        write_text(out / f"{stem}.md", one.words().markdown())
     if page:
         cells = [to_show(cell, out) for cell in outcome.cells]
         shown = Report(outcome.rows, for_page(found)).html(cells, next(iter(beside), None))
@@ -228,7 +228,7 @@ def defect_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def defect_grid(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> Grid:
+def defect_table(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> TextTable:
     """Return the per-defect table: means over seeds, each kind against all good images, and all others without it.
 
     Args:
@@ -238,7 +238,7 @@ def defect_grid(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> 
     lines = defect_rows(rows)
     title = "kinds of defects"
     if not lines:
-        return Grid(["class", "defect"], 2, [], [], ["no class has two or more kinds of defects"], title)
+        return TextTable(["class", "defect"], 2, [], [], ["no class has two or more kinds of defects"], title)
     frame = pd.DataFrame([{key: _float(key, value) for key, value in line.items()} for line in lines])
     names = ["class", *(["method"] if frame["method"].nunique() > 1 else []), "defect"]
     columns = [name for name in DEFECT_COLUMNS if name in frame and frame[name].notna().any()]
@@ -259,10 +259,10 @@ def defect_grid(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> 
         notes.append("IoU and missed at the automatic threshold")
     if len(table) < len(names) + 1 + len(columns):
         notes.append("defects.csv has all columns")
-    return Grid(list(table), len(names), body, [], notes, title)
+    return TextTable(list(table), len(names), body, [], notes, title)
 
 
-def interval_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
+def interval_table(rows: Sequence[Mapping[str, Any]]) -> TextTable:
     """Return the confidence intervals of each cell, one line per figure: a terminal has no room for them beside it."""
     body = []
     for row in rows:
@@ -273,7 +273,7 @@ def interval_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
                 seed = "" if row.get("seed") is None else str(row["seed"])
                 body.append([str(row["class"]), str(row["method"]), seed, heading, show(row[name], percent), interval])
     headings = ["class", "method", "seed", "figure", "value", "95% interval"]
-    return Grid(headings, 4, body, [], ["bootstrap over images, defective and good ones drawn apart"], "intervals")
+    return TextTable(headings, 4, body, [], ["bootstrap over images, defective and good ones drawn apart"], "intervals")
 
 
 def _float(key: str, value: Any) -> Any:

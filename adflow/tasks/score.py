@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from adflow._files import atomic_write, make_folder
-from adflow._grid import frame_to_csv
+from adflow._table import frame_to_csv
 from adflow._threads import default_workers
 from adflow.calibration import Calibration
 from adflow.data import Sample

@@ -24,7 +24,7 @@ MISSING = "–"
 
 
 @dataclass(frozen=True)
-class Grid:
+class TextTable:
     """A table in words, the common step before any of its looks.
 
     Attributes:
