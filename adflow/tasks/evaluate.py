@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import statistics
 import time
 import traceback
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from adflow._files import make_folder, write_text
+from adflow._files import make_folder, sha256_of, write_text
 from adflow._lock import claim
 from adflow._threads import default_workers, one_thread
 from adflow.detector import Detector, Progress
@@ -23,7 +22,7 @@ from adflow.errors import AdflowError, InputError
 from adflow.runs import run_name
 from adflow.tasks._bank import TrainFeatures, can_share
 from adflow.tasks._cells import Job, Measuring, read_cell, write_cell
-from adflow.tasks._device import choose_device
+from adflow.tasks._device import choose_device, set_precision
 from adflow.tasks._jobs import run_units
 from adflow.tasks._measure import Evaluation, evaluate_detector
 from adflow.tasks._pictures import Drawer, draw
@@ -196,7 +195,7 @@ def evaluate(
 
 def _sha256(path: Path) -> str | None:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256_of(path)
     except OSError:
         return None
 
@@ -348,9 +347,8 @@ def _measure_model(item: _Item, progress: Progress | None) -> None:
     job = item.job
     assert job.model is not None
     detector = load_detector(job.model, device=choose_device(job.device), weights=job.weights)
-    if job.precision == "bf16":
-        detector.backbone.to_precision("bf16")
-    notes = []
+    note = set_precision(detector, job.precision)
+    notes = [note] if note else []
     learned_from = detector.provenance.get("data")
     if learned_from and learned_from != job.data.name:
         notes.append(f"this detector learned from {learned_from}, not from {job.data.name}")
@@ -402,7 +400,7 @@ def _measure(
                 "fingerprint": job.data.fingerprint(),
                 "weights": detector.backbone.weights,
                 "params": detector.params(),
-                "precision": job.precision,
+                "precision": detector.backbone.precision,
             },
         },
     )

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from adflow import cli
+from adflow.tasks import _device
 
 from .conftest import Call
 
@@ -207,6 +208,19 @@ def test_bad_options_are_one_line(options: list[str], words: str, parts: Path, t
     found = call("evaluate", parts, *options, "--out", tmp_path / "e", "--runs", tmp_path / "r")
     assert found.code == 2, found.err
     assert words in found.err and "Traceback" not in found.err and not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_precision_that_is_not_there_is_told_of(
+    there: bool, parts: Path, runs: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_device, "has_bf16", lambda device: there)
+    done = call("evaluate", parts, "--runs", runs, "--precision", "bf16", "--out", tmp_path / "e", "--no-report")
+    assert done.code == 0 and ("float32 is used" in done.err) is not there
+    (cell,) = (json.loads(path.read_text()) for path in (tmp_path / "e" / "cells").glob("*.json"))
+    assert cell["provenance"]["precision"] == ("bf16" if there else "float32")
+    unknown = call("evaluate", parts, "--runs", runs, "--precision", "fp16", "--out", tmp_path / "f")
+    assert unknown.code == 2 and "Known: bf16, float32" in unknown.err and not (tmp_path / "f").exists()
 
 
 def test_the_ci_job_of_the_readme_gates(
