@@ -47,6 +47,8 @@ def list_(
         return
     for part in parts:
         talk.data({}, _table(part, found[part]))
+    if what == "methods":
+        talk.say("null: whether it has a Gaussian null model (--null gaussian); costs and papers: --json")
     if what == "datasets":
         talk.data({}, _drawn(found["layouts"]))
 
@@ -94,7 +96,7 @@ def _detectors(runs: Path | None) -> list[dict[str, Any]]:
 
 _SHOWN = ("data", "method", "backbone", "recipe", "size", "seed", "images", "held_out")
 _COLUMNS = {
-    "methods": ("name", "year", "learns", "null", "recipes", "fit_cost", "score_cost", "paper"),
+    "methods": ("name", "year", "null", "recipes", "learns"),
     "backbones": ("name", "timm", "size", "licence", "installed"),
     "datasets": ("name", "title", "size", "licence", "installed"),
     "detectors": ("name", "data", "method", "backbone", "size", "held_out", "bytes"),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GROUP = "adflow.methods"
 DEFAULT = "cflow"
-# Class attribute of a Detector -> column of `adflow list methods`.
+# Class attribute of a Detector -> field of `adflow list methods --json`; the table shows some of them.
 FACTS = {
     "paper": "paper",
     "year": "year",
