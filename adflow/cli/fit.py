@@ -167,6 +167,7 @@ def _tell(summary: dict[str, Any], talk: Talk) -> None:
 
 
 def _estimate(classes: Sequence[Dataset], options: FitOptions, talk: Talk) -> None:
+    from adflow._bytes import in_units
     from adflow.tasks.estimate import estimate
 
     start = time.process_time()  # what was imported by now, a fit will import as well
@@ -174,8 +175,8 @@ def _estimate(classes: Sequence[Dataset], options: FitOptions, talk: Talk) -> No
     lines = []
     for one in found:
         took = one["seconds"]
-        memory = "unknown" if one["memory"] is None else f"{one['memory'] / (1 << 30):.2f} GiB"
-        disk = f", {one['disk'] / (1 << 30):.1f} GiB of temporary files" if one["disk"] else ""
+        memory = "unknown" if one["memory"] is None else in_units(one["memory"])
+        disk = f", {in_units(one['disk'])} of temporary files" if one["disk"] else ""
         lines.append(
             f"{one['data']}: {one['method']} on {one['images']} images takes about {took['total']:.1f} s "
             f"(start {took['start']:.1f}, features {took['features']:.1f}, fit {took['fit']:.1f}, "

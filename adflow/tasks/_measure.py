@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from adflow import metrics
+from adflow._bytes import in_units
 from adflow.data import Chosen, Dataset, Sample
 from adflow.detector import Detector, Progress
 from adflow.errors import InputError
@@ -81,10 +82,9 @@ def map_bytes(count: int, size: tuple[int, int]) -> int:
 
 def streaming_note(count: int, size: tuple[int, int], memory: int) -> str:
     """Return the sentence that says why pixel metrics are streamed."""
-    needed = count * size[0] * size[1] * _BYTES_PER_PIXEL / (1 << 30)
     return (
-        f"exact pixel metrics of {count} maps of {size[0]}x{size[1]} would take {needed:.1f} GiB, the limit is "
-        f"{memory / (1 << 30):.3g} GiB: they are streamed in fixed memory, with error bounds in the row "
+        f"exact pixel metrics of {count} maps of {size[0]}x{size[1]} would take {in_units(map_bytes(count, size))}, "
+        f"the limit is {in_units(memory)}: they are streamed in fixed memory, with error bounds in the row "
         "(--map-memory changes the limit)"
     )
 
