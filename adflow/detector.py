@@ -266,8 +266,8 @@ class FeatureDetector(Detector):
             raise unknown("image_score", str(image_score), ["max", "top1"])
         if not 0 <= margin < 0.5:
             raise UsageError(f"margin is {margin}, expected a share in [0, 0.5)")
-        if smooth < 0:
-            raise UsageError(f"smooth is {smooth}, expected a sigma in pixels >= 0")
+        if not 0 <= smooth <= 256:
+            raise UsageError(f"smooth is {smooth}, expected a sigma of 0 to 256 pixels")
         self.smooth = smooth
         self.image_score = image_score
         self.margin = margin

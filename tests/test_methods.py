@@ -232,6 +232,23 @@ def test_a_setting_of_another_type_is_one_line(name: str) -> None:
             assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("padim", {"smooth": 1e30}),
+        ("fastflow", {"hidden": 1e30}),
+        ("uflow", {"hidden": -1.0}),
+        ("differnet", {"sigma": 1e30}),
+        ("uflow", {"weight_decay": -1.0}),
+        ("csflow", {"lr": -1.0}),
+    ],
+)
+def test_a_setting_out_of_range_is_one_line(name: str, settings: dict[str, float], tiny_backbone: Backbone) -> None:
+    (word,) = settings
+    with pytest.raises(UsageError, match=rf"^{word} is "):
+        methods.get(name)(tiny_backbone, **settings).fit(good_images(4))
+
+
 def test_settings_are_read_as_the_types_of_their_parameters() -> None:
     # What YAML makes of --set coreset=300, rank=none, smooth=1e0 and radius=2.0.
     detector, _ = methods.build("local", settings={"coreset": 300, "rank": "none", "smooth": "1e0", "radius": 2.0})

@@ -34,6 +34,13 @@ def above_0(**numbers: float) -> None:
             raise UsageError(f"{name} is {number}, expected more than 0")
 
 
+def within(lowest: float, highest: float, **numbers: float) -> None:
+    """Refuse numbers below ``lowest`` or above ``highest``."""
+    for name, number in numbers.items():
+        if not lowest <= number <= highest:
+            raise UsageError(f"{name} is {number}, expected {lowest:g} to {highest:g}")
+
+
 def fraction(**numbers: float) -> None:
     """Refuse what is no part of a whole: more than 0 and at most 1."""
     for name, number in numbers.items():

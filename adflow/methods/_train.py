@@ -27,6 +27,7 @@ from adflow import _ranks
 from adflow._clock import Progress
 from adflow._files import atomic_write
 from adflow.errors import InputError, TrainingError
+from adflow.methods._checks import at_least
 
 Schedule = Callable[[int], float]
 Batch = TypeVar("Batch")
@@ -97,8 +98,10 @@ def train(
 
     Raises:
         InputError: the checkpoint belongs to another training.
+        UsageError: ``lr``, ``eps`` or ``weight_decay`` is negative.
         TrainingError: the loss did not stay finite; the last good weights are in ``module``.
     """
+    at_least(0, lr=lr, eps=eps, weight_decay=weight_decay)
     run = _Run(module, betas, eps, weight_decay, average)
     start = "" if generator is None else bytes(generator.get_state().numpy()).hex()[:256]
     identity = {"steps": str(steps), "lr": repr(lr), "generator": start}

@@ -47,7 +47,7 @@ from adflow.backbones import Backbone
 from adflow.detector import Detector, ImageSource, Progress, Resources, Scores, as_source
 from adflow.errors import UsageError
 from adflow.imaging import Box, upsample
-from adflow.methods._checks import above_0, at_least, one_of
+from adflow.methods._checks import above_0, at_least, one_of, within
 from adflow.methods._pooled_flow import PooledFlow, pool, pooled_loss
 from adflow.methods._train import one_cycle, train
 from adflow.methods._whiten import Moments, whitening
@@ -147,8 +147,8 @@ class DifferNet(Detector):
         one_of("whiten", whiten, WHITEN)
         if whiten == "angle" and views:
             raise UsageError("whiten='angle' needs the angles of scoring, views=0, in the fit")
-        if not 0 <= degrees <= 180:
-            raise UsageError(f"degrees is {degrees}, expected 0 to 180")
+        within(0, 180, degrees=degrees)
+        within(0, 256, sigma=sigma)
         at_least(0, views=views, epochs=epochs)
         at_least(1, transforms=transforms, blocks=blocks, hidden=hidden, batch=batch)
         above_0(ridge=ridge)

@@ -33,7 +33,7 @@ from FrEIA.framework import SequenceINN
 from torch import Tensor, nn
 
 from adflow.flows import AllInOneBlock, conv_subnet, load_original
-from adflow.methods._checks import at_least, one_of
+from adflow.methods._checks import at_least, one_of, within
 from adflow.methods._flow_maps import JOINS, SCORES, MapFlow, density_maps, likelihood_maps, scales
 from adflow.methods._spatial import NORMS, coupling_pass
 
@@ -136,6 +136,7 @@ class FastFlow(MapFlow):
         one_of("score_by", score_by, SCORES)
         at_least(0, epochs=epochs)
         at_least(1, flow_steps=flow_steps, batch=batch)
+        within(0, 100, hidden=hidden)
         self.flow_steps, self.kernels, self.hidden, self.clamp = flow_steps, str(kernels), hidden, clamp
         self.join, self.norm, self.shrinkage, self.zero_init = join, norm, shrinkage, zero_init
         self.epochs, self.batch, self.lr, self.warm, self.weight_decay = epochs, batch, lr, warm, weight_decay

@@ -38,7 +38,7 @@ from adflow.detector import Energy, FeatureDetector, Progress
 from adflow.errors import InputError
 from adflow.features import FeatureBank
 from adflow.flows import AllInOneBlock, PixelShuffle, conv_subnet, load_original
-from adflow.methods._checks import at_least, one_of
+from adflow.methods._checks import at_least, one_of, within
 from adflow.methods._flow_maps import SCORES, brought_to, density_maps, likelihood_maps
 from adflow.methods._spatial import NORMS, PositionWhitening, coupling_pass, normaliser
 from adflow.methods._train import train
@@ -132,6 +132,7 @@ class UFlow(FeatureDetector):
         one_of("score_by", score_by, SCORES)
         at_least(0, epochs=epochs)
         at_least(1, flow_steps=flow_steps, batch=batch)
+        within(0, 100, hidden=hidden)
         self.flow_steps, self.hidden, self.clamp = flow_steps, hidden, clamp
         self.norm, self.shrinkage, self.zero_init = norm, shrinkage, zero_init
         self.epochs, self.batch, self.lr, self.weight_decay = epochs, batch, lr, weight_decay
