@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ import numpy.typing as npt
 
 from adflow._health import drift, exchangeability, kept_promises
 from adflow._regions import Curves, Region, add_curves, count_curve, lowest_level, outlined_regions, plain_regions
+from adflow._threads import default_workers, ordered
 from adflow.errors import InputError
 
 __all__ = ["Calibration", "plain_regions"]
@@ -70,7 +72,7 @@ class Calibration:
 
     @classmethod
     def from_maps(cls, maps: Iterable[Map], image_scores: Array, *, max_count: int = 256) -> Calibration:
-        """Calibrate on held-out good images, one map in memory at a time.
+        """Calibrate on held-out good images, a few maps in memory at a time.
 
         Args:
             maps: [H, W] score maps at network input resolution, in file order; higher = more anomalous.
@@ -89,17 +91,22 @@ class Calibration:
         tail = np.zeros(0, dtype=np.float32)
         shape: tuple[int, ...] | None = None
         above = 0
-        for score in maps:
+
+        def counted(score: Map) -> tuple[Array, Array, Array, float]:
             score = np.asarray(score, dtype=np.float32)
-            shape = shape or score.shape
-            if score.shape != shape:
-                raise InputError(f"a score map has shape {list(score.shape)}, expected {list(shape)} as before")
-            level, count = count_curve(score, max_count)
-            levels.append(level)
-            counts.append(count)
-            medians.append(float(np.median(score)))
-            above = int(_GROWTH_RATE * len(scores) * score.size)
-            tail = _highest(np.concatenate([tail, score.ravel()]), _SPARE * above + 1)
+            return score, *count_curve(score, max_count), float(np.median(score))
+
+        workers = default_workers()
+        with ThreadPoolExecutor(workers, "adflow-count") as pool:
+            for score, level, count, median in ordered(pool, counted, maps, ahead=2 * workers):
+                shape = shape or score.shape
+                if score.shape != shape:
+                    raise InputError(f"a score map has shape {list(score.shape)}, expected {list(shape)} as before")
+                levels.append(level)
+                counts.append(count)
+                medians.append(median)
+                above = int(_GROWTH_RATE * len(scores) * score.size)
+                tail = _highest(np.concatenate([tail, score.ravel()]), _SPARE * above + 1)
         if len(levels) != len(scores):
             raise InputError(f"there are {len(levels)} maps and {len(scores)} image scores, expected as many")
         return cls._build(scores, levels, counts, tail, above, float(np.median(medians)), max_count)

@@ -93,8 +93,8 @@ class TrainFeatures:
         rows = [self._row[i] for i in indices if i in self._row]
         if not rows or not self._exact or not isinstance(detector, FeatureDetector):
             return None
-        with torch.inference_mode(), one_thread():
-            return [detector.energy_features(self.bank.pyramid([row])) for row in rows]
+        with one_thread(), ThreadPoolExecutor(self._workers, "adflow-energies") as pool:
+            return list(pool.map(partial(_energies, detector, self.bank), rows))
 
     def _alike(self, detector: FeatureDetector, index: int, row: int, box: Box) -> bool:
         """Return whether one image scores the same bits from its features and from its file.
@@ -126,6 +126,11 @@ def _score(detector: FeatureDetector, bank: FeatureBank, row: int, box: Box) -> 
         pyramid = bank.pyramid([row])
         maps = detector.score_maps(pyramid, bank.size)
         return maps[0].numpy(), float(detector.score_images(pyramid, maps, [box])[0])
+
+
+def _energies(detector: FeatureDetector, bank: FeatureBank, row: int) -> list[Energy]:
+    with torch.inference_mode():
+        return detector.energy_features(bank.pyramid([row]))
 
 
 def _score_part(
