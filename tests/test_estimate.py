@@ -55,11 +55,12 @@ def test_an_estimate_has_the_counts_and_about_the_costs(
     assert found["probed_with"] == 52  # two probes at least
     seconds = found["seconds"]
     parts = ("start", "features", "fit", "calibration")
-    assert seconds["total"] == pytest.approx(sum(seconds[part] for part in parts), abs=0.03) and seconds["start"] == 1.5
+    assert seconds["total"] == pytest.approx(sum(seconds[part] for part in parts), abs=0.03)
+    assert seconds["start"] >= 1.5  # and what the first images pay
     detector, size, keep = task.prepare(plates, options)
     real = fit_detector(detector, plates.train, options, size, keep)["seconds"]
     # Tiny works on a shared machine: the order of magnitude is all that can be asked of the clock here.
-    assert 0.05 < (seconds["total"] - 1.5) / sum(real.values()) < 20
+    assert 0.05 < (seconds["total"] - seconds["start"]) / sum(real.values()) < 20
     assert found["memory"] is None or 50 << 20 < found["memory"] < 8 << 30
 
 
