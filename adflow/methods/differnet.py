@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -246,7 +247,8 @@ class DifferNet(Detector):
             return self.turned(image, share * self.degrees)
 
         angles = [0.0] if self.views else self.angles()
-        with resources.build(
+        # Turned copies round differently with another number of workers: always the default one.
+        with replace(resources, workers=None).build(
             PooledTurns(self.backbone, angles, FILLS[self.fill]),
             images,
             progress,
