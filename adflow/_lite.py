@@ -60,6 +60,8 @@ def _conv(taken: int, given: int, kernel: int, stride: int = 1, groups: int = 1)
 class _Separable(nn.Module):
     """Depthwise, then 1x1: the block of the first stage."""
 
+    has_skip = False
+
     def __init__(self, taken: int, given: int, kernel: int, stride: int) -> None:
         super().__init__()
         self.conv_dw, self.bn1 = _conv(taken, taken, kernel, stride, taken), _Norm(taken)
@@ -68,6 +70,9 @@ class _Separable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.bn2(self.conv_pw(self.bn1(self.conv_dw(x))))
         return y
+
+    def convolutions(self) -> list[nn.Module]:
+        return [self.conv_dw, self.conv_pw]
 
 
 class _Inverted(nn.Module):
@@ -85,6 +90,9 @@ class _Inverted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.bn3(self.conv_pwl(self.bn2(self.conv_dw(self.bn1(self.conv_pw(x))))))
         return y + x if self.has_skip else y
+
+    def convolutions(self) -> list[nn.Module]:
+        return [self.conv_pw, self.conv_dw, self.conv_pwl]
 
 
 class Lite(nn.Module):

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from adflow import _nets
 from adflow._clock import stage
 from adflow._lite import Lite
+from adflow._streamline import streamline
 from adflow._weights import find_weights, load_strictly, read_weights, rename_lite
 from adflow.errors import InputError, UsageError, unknown
 from adflow.zoo import File, Source
@@ -125,7 +126,7 @@ class Backbone(nn.Module):
                 hint=f"Fit with --size {self.fixed_size[0]}x{self.fixed_size[1]}, or use --backbone lite0.",
             )
         with stage("encoder"):
-            return self.features(images * self.scale + self.shift)
+            return self.features((images * self.scale).add_(self.shift))
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Return the maps of normalised ``images``; nets that prepare their input otherwise override this."""
@@ -227,7 +228,7 @@ def _known(name: str, taps: Sequence[str] | None, weights: Path | None) -> Backb
     net, order = recipe.cut(full.eval(), wanted)
     convolutional = recipe.size is None
     if convolutional:
-        net = _nets.streamline(net)
+        net = streamline(net)
     channels, strides = _nets.measure(net)
     mean, std = recipe.norm
     backbone = Backbone(

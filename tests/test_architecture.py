@@ -22,7 +22,7 @@ PLUMBING = {
     "tasks": ["_card"],
     "pipeline": ["bundle", "runs"],
     "report": ["_page", "_table", "published"],
-    "data": ["_lite", "_threads", "_weights"],
+    "data": ["_lite", "_streamline", "_threads", "_weights"],
     "calibration": ["_health"],
     "detector": ["_extract", "_reduce", "_rows"],
     "flows": ["_encoding", "_fused", "_originals", "_subnets"],

@@ -15,7 +15,7 @@ from skimage import data
 from skimage.transform import resize
 from torch import Tensor, nn
 
-from adflow import _nets, backbones
+from adflow import _nets, _streamline, backbones
 from adflow._lite import Lite
 from adflow._weights import read_weights, rename_lite
 from adflow.backbones import Backbone, make_backbone
@@ -291,7 +291,7 @@ def test_same_padding_without_a_copy_is_exact(kernel: int, size: tuple[int, int]
         conv = Conv2dSame(4, 4, kernel, stride=2, groups=2).requires_grad_(False)
     image = noise(2, 4, *size)
     # Sums over at most 7x7x2 terms in another order.
-    assert torch.allclose(_nets.SameConv(conv)(image), conv(image), atol=1e-6)
+    assert torch.allclose(_streamline.SameConv(conv)(image), conv(image), atol=1e-6)
 
 
 def test_pointwise_is_the_convolution() -> None:
@@ -299,7 +299,7 @@ def test_pointwise_is_the_convolution() -> None:
         torch.manual_seed(0)
         conv = nn.Conv2d(6, 5, 1).requires_grad_(False)
     image = noise(2, 6, 7, 9)
-    assert torch.allclose(_nets.Pointwise(conv)(image), conv(image), atol=1e-6)
+    assert torch.allclose(_streamline.Pointwise(conv)(image), conv(image), atol=1e-6)
 
 
 ACTIVATIONS = {"none": nn.Identity(), "relu6": nn.ReLU6(), "relu": nn.ReLU(), "swish": nn.SiLU(), "other": nn.GELU()}
@@ -318,8 +318,7 @@ def test_fused_convolutions_equal_their_plain_twins(
         kind = Conv2dSame if stride == 2 else nn.Conv2d
         padding = 0 if stride == 2 else kernel // 2
         conv = kind(8, 16, kernel, stride, padding, groups=groups).requires_grad_(False)
-    fused = _nets._faster(copy.deepcopy(conv), ACTIVATIONS[act]).to(dtype)
-    assert isinstance(fused, _nets.Pointwise) == (kernel == 1 and act == "none")
+    fused = _streamline.Fused(copy.deepcopy(conv), ACTIVATIONS[act]).to(dtype)
     for size in ((16, 16), (15, 18)):
         image = noise(2, 8, *size).to(dtype).contiguous(memory_format=torch.channels_last)
         wanted = ACTIVATIONS[act](conv(image.float()))
@@ -333,7 +332,7 @@ def test_fused_convolutions_leave_gradients_and_double_precision_to_the_plain_on
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         conv = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
-    fused = _nets._faster(conv, nn.ReLU())
+    fused = _streamline.Fused(conv, nn.ReLU())
     image = noise(1, 4, 6, 6).requires_grad_()
     fused(image).sum().backward()
     assert image.grad is not None and bool(image.grad.any())
@@ -344,7 +343,7 @@ def test_a_fused_convolution_that_is_trained_learns_and_is_laid_out_anew() -> No
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         conv = nn.Conv2d(3, 8, 3, padding=1)
-    fused, x = _nets._faster(conv, nn.ReLU6()), noise(1, 3, 8, 8)
+    fused, x = _streamline.Fused(conv, nn.ReLU6()), noise(1, 3, 8, 8)
     with torch.no_grad():
         before = fused(x)
     fused(x).square().sum().backward()  # no gradient goes to x: it is the image

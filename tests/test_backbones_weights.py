@@ -16,7 +16,7 @@ from test_backbones import LITE0, assert_close, lite_state, noise, picture
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adflow import _nets, backbones
+from adflow import _nets, _streamline, backbones
 from adflow._weights import hash_file
 from adflow.backbones import Backbone, make_backbone
 from adflow.errors import AdflowError, InputError, UnavailableError
@@ -120,7 +120,7 @@ def test_csflow_takes_efficientnet_b5_at_three_sizes() -> None:
     recipe = backbones._NETS["efficientnet_b5"]
     net, order = recipe.cut(backbones._skeleton(recipe.source).eval(), ("b5",))
     # Values do not matter here; folding does: no batch norm may be left, and every stage is cut in place.
-    net = _nets.streamline(net.to_empty(device="cpu"))
+    net = _streamline.streamline(net.to_empty(device="cpu"))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
     base = Backbone("efficientnet_b5", order, [304], [32], "0" * 64, net)
     maps = backbones.PyramidBackbone(base, (1, 0.5, 0.25))(torch.zeros(1, 3, 192, 192))

@@ -296,7 +296,7 @@ class Images:
         """
         import torch
 
-        return self._each(lambda frame: work(torch.from_numpy(np.stack([frame.array]))), workers)
+        return self._each(lambda frame: work(torch.from_numpy(frame.array).unsqueeze(0)), workers)
 
     def _each(self, work: Callable[[Frame], T], workers: int) -> Iterator[T]:
         def from_file(index: int) -> T | InputError:
