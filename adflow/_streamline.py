@@ -19,6 +19,7 @@ from adflow._nets import OpenStage, exporting
 _OPERATOR = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)  # not in every build of torch
 _ALONE: Any = getattr(_OPERATOR, "default", None)
 _ADDED: Any = getattr(_OPERATOR, "binary", None)
+_SUM = "add", 1.0, None, [], None
 
 
 def streamline(net: nn.Module) -> nn.Module:
@@ -129,7 +130,7 @@ class Fused(nn.Module):
                 self.after = ("swish", [])
             case _:
                 self.fusible &= isinstance(act, nn.Identity)
-        self._laid: dict[torch.dtype, Tensor] = {}
+        self._laid: dict[torch.dtype, tuple[Any, ...]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.plain.parameters())
@@ -145,23 +146,20 @@ class Fused(nn.Module):
         if not self.fusible or (self.even and (x.shape[2] % 2 or x.shape[3] % 2)):
             plain: Tensor = self.act(self.plain(x))
             return plain if shortcut is None else plain + shortcut
-        kernel, bias = self._laid.get(x.dtype), self.plain.bias
-        if kernel is None:
-            kernel = self._laid[x.dtype] = self._lay(x)
-        if shortcut is None:
-            y: Tensor = _ALONE(x, kernel, bias, *self.how, *self.after, "")
-        else:
-            y = _ADDED(x, shortcut, kernel, bias, *self.how, "add", 1.0, None, [], None)
+        laid = self._laid.get(x.dtype) or self._lay(x)
+        y: Tensor = _ALONE(x, *laid, *self.after, "") if shortcut is None else _ADDED(x, shortcut, *laid, *_SUM)
         return y
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the kernels laid out for this processor: they can be neither copied nor saved."""
         return self.__dict__ | {"_laid": {}}
 
-    def _lay(self, x: Tensor) -> Tensor:
+    def _lay(self, x: Tensor) -> tuple[Any, ...]:
         weight = self.plain.wide if isinstance(self.plain, SameConv) else self.plain.weight
         weight = weight.detach().contiguous(memory_format=torch.channels_last)
-        laid: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.how, list(x.shape))
+        kernel = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.how, list(x.shape))
+        # All that the operator takes, looked up once: in a module that costs as much as a small convolution.
+        laid = self._laid[x.dtype] = (kernel, self.plain.bias, *self.how)
         return laid
 
 

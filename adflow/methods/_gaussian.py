@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adflow.features import FeatureBank
-from adflow.methods._whiten import Moments, Whitening, inverse_factor, shrink, whitening
+from adflow.methods._whiten import Moments, Whitening, by_position, inverse_factor, shrink, whitening
 
 Vectors = Callable[[list[Tensor]], Tensor]
 """From a pyramid to vectors [B, P, d]; picklable, see :meth:`FeatureBank.parts`."""
@@ -152,22 +152,24 @@ class PositionGaussians(nn.Module):
         elif white is None:
             covariance.diagonal(dim1=1, dim2=2).add_(ridge)
             inverse, spread = inverse_factor(covariance)
-            self.inverse_[positions] = inverse.transpose(1, 2).float()
+            self.inverse_[positions].copy_(inverse.transpose(1, 2))
         else:
             # With z = x W the model is (1 - l) W^T S W + l I, and |z - m|^2 under it is |x - m|^2 under
             # (1 - l) S + l (W W^T)^-1: no product per position. log det differs by that of (W W^T)^-1.
             back = torch.linalg.inv(white.matrix())
             world = back.T @ back
-            inverse, spread = inverse_factor(torch.lerp(covariance, world, shrinkage))
-            self.inverse_[positions] = inverse.transpose(1, 2).float()
+            inverse, spread = inverse_factor(covariance.lerp_(world, shrinkage))
+            self.inverse_[positions].copy_(inverse.transpose(1, 2))
             spread = spread - torch.linalg.slogdet(world).logabsdet
         self.log_det_[positions] = spread.float()
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Return squared Mahalanobis distances [B, P] of vectors [B, P, d]."""
-        centred = vectors - self.mean_
+        # The matrices are read from memory once and in order.
+        centred = by_position(vectors) - self.mean_.unsqueeze(1)  # [P, B, d]
         if self.rank:
             centred = centred @ self.basis_
-        # Row vector times matrix: the matrices are read from memory once and in order.
-        along = torch.bmm(centred.transpose(0, 1), self.inverse_).square().sum(dim=2).T  # [B, P]
-        return (centred.square().sum(dim=2) / self.tail_ - along).clamp(min=0) if self.rank else along
+        along = torch.bmm(centred, self.inverse_).square_().sum(dim=2)  # [P, B]
+        if self.rank:
+            along = (centred.square_().sum(dim=2) / self.tail_.unsqueeze(1) - along).clamp(min=0)
+        return along.T

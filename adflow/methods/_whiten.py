@@ -8,12 +8,25 @@ float32.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from adflow.errors import InputError
+
+
+def by_position(vectors: Tensor) -> Tensor:
+    """Return vectors [n, P, C] as [P, n, C], contiguous.
+
+    Vectors of maps lie as [n, C, P]: for these it is one transposition of a matrix, which torch does block by block.
+    """
+    maps = vectors.transpose(1, 2)
+    count, width, positions = maps.shape
+    if maps.is_contiguous():
+        return maps.reshape(count * width, positions).T.contiguous().view(positions, count, width)
+    return vectors.transpose(0, 1).contiguous()
 
 
 class Moments:
@@ -47,13 +60,13 @@ class Moments:
         if len(vectors) == 0:
             return
         # Laid out for the product before it is widened: half the bytes are moved.
-        values = vectors.transpose(0, 1).contiguous().to(torch.float64)  # [P, n, C]
+        values = by_position(vectors).to(torch.float64)  # [P, n, C]
         mean = values.mean(dim=1)
         if not bool(torch.isfinite(mean).all()):
             raise InputError("features are not finite", hint="Check the images and the backbone's weights.")
-        centred = values - mean.unsqueeze(1)
-        self._shift(mean, vectors.shape[0])
-        self.scatter.baddbmm_(centred.transpose(1, 2), centred)
+        # The step between the means is one more row of the product: the scatter is read and written once.
+        rows = torch.cat([values - mean.unsqueeze(1), self._step(mean, vectors.shape[0]).unsqueeze(1)], dim=1)
+        self.scatter.baddbmm_(rows.transpose(1, 2), rows)
 
     def at(self, positions: slice) -> Moments:
         """Return the moments at some positions; they share this one's tensors."""
@@ -65,18 +78,18 @@ class Moments:
         """Fold in the statistics of other vectors at the same positions."""
         if other.count == 0:
             return
-        self._shift(other.mean, other.count)
+        step = self._step(other.mean, other.count)
+        self.scatter.baddbmm_(step.unsqueeze(2), step.unsqueeze(1))
         self.scatter += other.scatter
 
-    def _shift(self, mean: Tensor, count: int) -> None:
-        """Take ``count`` further vectors into count and mean, and the step between into scatter."""
+    def _step(self, mean: Tensor, count: int) -> Tensor:
+        """Take ``count`` further vectors into count and mean; return s [P, C], of which s s^T is due to the scatter."""
         total = self.count + count
         step = mean - self.mean
+        weight = self.count * count / total
         self.mean += step * (count / total)
-        if self.count:
-            weight = self.count * count / total
-            self.scatter.baddbmm_(step.unsqueeze(2) * weight, step.unsqueeze(1))
         self.count = total
+        return step * math.sqrt(weight)
 
     def pooled(self) -> Moments:
         """Return the moments of the vectors of all positions together, as if seen at one."""
