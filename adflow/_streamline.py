@@ -19,7 +19,7 @@ from adflow._nets import OpenStage, exporting
 _OPERATOR = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)  # not in every build of torch
 _ALONE: Any = getattr(_OPERATOR, "default", None)
 _ADDED: Any = getattr(_OPERATOR, "binary", None)
-_SUM = "add", 1.0, None, [], None
+_SUM: tuple[Any, ...] = ("add", 1.0, None, [], None)
 
 
 def streamline(net: nn.Module) -> nn.Module:
