@@ -328,6 +328,50 @@ def test_fused_convolutions_equal_their_plain_twins(
         assert torch.equal(again(image), fused(image))
 
 
+@pytest.mark.parametrize("precision", backbones.PRECISIONS)
+@pytest.mark.parametrize("size", [(64, 96), (97, 131), (64, 65)])
+def test_rows_of_blocks_have_the_bits_of_their_modules(size: tuple[int, int], precision: str) -> None:
+    backbone = make_backbone("lite0").to_precision(precision)
+    assert all(isinstance(stage, _streamline.Row) for stage in backbone.net.stages)  # type: ignore[union-attr]
+    images = noise(3, 3, *size)
+    through_modules = backbone(images)  # where gradients could be asked for
+    with torch.inference_mode():
+        at_once = backbone(images)
+        alone = [torch.cat(level) for level in zip(*(backbone(image) for image in images.split(1)), strict=True)]
+    for plain, row, single in zip(through_modules, at_once, alone, strict=True):
+        if precision == "float32":
+            assert torch.equal(plain, row) and torch.equal(row, single)
+        else:  # a row adds the shortcut before it rounds to 2^-9, a module after
+            assert 0 < float((plain - row).abs().mean()) < 0.02 * float(plain.abs().mean())
+
+
+def test_a_row_that_is_watched_shows_its_blocks(lite0: Backbone) -> None:
+    row = lite0.net.stages[2]  # type: ignore[index, union-attr]
+    seen: list[Tensor] = []
+    hooks = [module.register_forward_hook(lambda _, __, output: seen.append(output)) for module in row.modules()]
+    image = noise(1, 3, 64, 64)
+    try:
+        with torch.inference_mode():
+            watched = lite0(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(seen) > len(row.steps)
+    with torch.inference_mode():
+        assert all(torch.equal(a, b) for a, b in zip(watched, lite0(image), strict=True))
+
+
+def test_a_copied_row_runs_its_own_convolutions(lite0: Backbone) -> None:
+    copied = copy.deepcopy(lite0)
+    image = noise(1, 3, 64, 64)
+    with torch.no_grad():
+        before = lite0(image)
+        for parameter in copied.parameters():
+            parameter.mul_(0.5)
+        assert not torch.equal(copied(image)[-1], before[-1])
+        assert all(torch.equal(a, b) for a, b in zip(lite0(image), before, strict=True))
+
+
 def test_fused_convolutions_leave_gradients_and_double_precision_to_the_plain_ones() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -19,7 +19,15 @@ from adflow.errors import AdflowError, InputError, ResourceError, UsageError
 from adflow.features import FeatureBank
 from adflow.methods._gaussian import PositionGaussians, global_whitening, moments_of
 from adflow.methods._memory import nearest
-from adflow.methods._whiten import Moments, chi_square_fit, inverse_factor, leave_one_out, shrink, whitening
+from adflow.methods._whiten import (
+    Moments,
+    by_position,
+    chi_square_fit,
+    inverse_factor,
+    leave_one_out,
+    shrink,
+    whitening,
+)
 from adflow.methods.local import Local
 from adflow.methods.padim import PaDiM
 from adflow.methods.patchcore import PatchCore
@@ -57,6 +65,15 @@ def vectors_of(pyramid: list[torch.Tensor]) -> torch.Tensor:
 
 
 # Statistics
+
+
+@pytest.mark.parametrize("n, positions, width", [(1, 6, 5), (4, 1, 5), (4, 6, 1), (3, 6, 5)])
+def test_vectors_are_laid_out_by_position_from_maps_and_from_rows(n: int, positions: int, width: int) -> None:
+    rows = normal(n, positions, width)
+    from_maps = rows.transpose(1, 2).contiguous().transpose(1, 2)
+    for vectors in (rows, from_maps, from_maps[:, : max(1, positions // 2)]):
+        laid = by_position(vectors)
+        assert laid.is_contiguous() and torch.equal(laid, vectors.transpose(0, 1))
 
 
 def test_padim_of_parts_is_padim_of_the_whole() -> None:

@@ -59,13 +59,16 @@ class Moments:
         """
         if len(vectors) == 0:
             return
-        # Laid out for the product before it is widened: half the bytes are moved.
-        values = by_position(vectors).to(torch.float64)  # [P, n, C]
+        count, positions, width = vectors.shape
+        # One row more than vectors, for the step between the means: the scatter is read and written once.
+        rows = self.mean.new_empty(positions, count + 1, width)
+        values = rows[:, :count]
+        values.copy_(by_position(vectors))  # laid out for the product before it is widened: half the bytes are moved
         mean = values.mean(dim=1)
         if not bool(torch.isfinite(mean).all()):
             raise InputError("features are not finite", hint="Check the images and the backbone's weights.")
-        # The step between the means is one more row of the product: the scatter is read and written once.
-        rows = torch.cat([values - mean.unsqueeze(1), self._step(mean, vectors.shape[0]).unsqueeze(1)], dim=1)
+        values -= mean.unsqueeze(1)
+        rows[:, count] = self._step(mean, count)
         self.scatter.baddbmm_(rows.transpose(1, 2), rows)
 
     def at(self, positions: slice) -> Moments:
