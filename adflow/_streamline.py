@@ -52,12 +52,12 @@ def streamline(net: nn.Module) -> nn.Module:
                 setattr(module, name, Fused(child, followed.get(id(child), nn.Identity())))
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Sequential) and all(hasattr(block, "convolutions") for block in child):
-                setattr(module, name, Row(child))
+            if isinstance(child, nn.Sequential) and len(child) and all(hasattr(b, "convolutions") for b in child):
+                setattr(module, name, Row(*child))
     return net
 
 
-class Row(nn.Module):
+class Row(nn.Sequential):
     """Blocks that are nothing but convolutions and shortcuts, as one row of operators without modules around them.
 
     In a small net the modules take a tenth of the time of one thread, and more of several, which wait for each other
@@ -68,11 +68,9 @@ class Row(nn.Module):
             added to its output.
     """
 
-    def __init__(self, blocks: nn.Sequential) -> None:
-        super().__init__()
-        self.blocks = blocks
+    def __init__(self, *blocks: Any) -> None:
+        super().__init__(*blocks)
         self.steps: list[tuple[Fused, bool, bool]] = []  # convolution, whether a shortcut begins and ends there
-        block: Any
         for block in blocks:
             convs = block.convolutions()
             self.steps += [
@@ -81,9 +79,10 @@ class Row(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Who watches the blocks (the comparison of an export, stage by stage) shall see them.
-        if torch.is_grad_enabled() or self.blocks._forward_hooks or not _onednn(x):
-            y: Tensor = self.blocks(x)
-            return y
+        if torch.is_grad_enabled() or self[0]._forward_hooks or not _onednn(x):
+            for block in self:
+                x = block(x)
+            return x
         shortcut = None
         for conv, begins, ends in self.steps:
             if begins:
