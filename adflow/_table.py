@@ -11,14 +11,16 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MISSING = "–"
 
@@ -149,19 +151,26 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
-def frame_to_csv(frame: pd.DataFrame) -> str:
-    """Return CSV; a quote before text that a spreadsheet would run (OWASP, "CSV Injection")."""
+def csv_cell(value: Any) -> Any:
+    """Return what a CSV file holds of a value; a quote before text that a spreadsheet would run (OWASP, "CSV Injection").
 
-    def safe(value: Any) -> Any:
-        if isinstance(value, str) and value.lstrip(" ")[:1] in ("=", "+", "-", "@", "\t", "\r", "\n"):
-            return "'" + value
-        return json.dumps(plain(value)) if isinstance(value, (dict, list, tuple)) else value
+    >>> csv_cell("=1+1"), csv_cell(0.5), csv_cell([1, 2])
+    ("'=1+1", 0.5, '[1, 2]')
+    """
+    if isinstance(value, str) and value.lstrip(" ")[:1] in ("=", "+", "-", "@", "\t", "\r", "\n"):
+        return "'" + value
+    return json.dumps(plain(value)) if isinstance(value, (dict, list, tuple)) else value
+
+
+def frame_to_csv(frame: pd.DataFrame) -> str:
+    """Return CSV that is safe to open in a spreadsheet, see :func:`csv_cell`."""
+    import pandas as pd  # takes a quarter of a second: not with this module, which every table of a command needs
 
     frame = frame.copy()
     for name in frame:
         if frame[name].dtype == object or not pd.api.types.is_numeric_dtype(frame[name]):
-            frame[name] = frame[name].astype(object).map(safe)
-    frame.columns = pd.Index([safe(str(name)) for name in frame.columns])
+            frame[name] = frame[name].astype(object).map(csv_cell)
+    frame.columns = pd.Index([csv_cell(str(name)) for name in frame.columns])
     stream = io.StringIO()
     frame.to_csv(stream, index=False, lineterminator="\n")
     return stream.getvalue()

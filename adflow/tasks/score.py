@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import heapq
 import json
 import math
@@ -13,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from adflow._files import atomic_write, make_folder
-from adflow._table import frame_to_csv
+from adflow._table import csv_cell
 from adflow._threads import default_workers
 from adflow.calibration import Calibration
 from adflow.data import Sample
@@ -26,7 +26,6 @@ from adflow.pipeline import Scored, run
 # Images flagged by chance when the user names no rate: the smallest of these that the held-out images can carry.
 DEFAULT_RATES = (0.01, 0.05, 0.1)
 
-_ROWS = 4096  # of a table that are written together
 _ROOM = 1 + 1e-9  # rates such as 1/9 are not exact in binary
 
 
@@ -162,25 +161,21 @@ def written(folder: Path, name: str) -> Iterator[Callable[[dict[str, Any]], None
     with (
         atomic_write(folder / f"{name}.csv") as table_file,
         atomic_write(folder / f"{name}.jsonl") as lines_file,
-        table_file.open("w", encoding="utf-8", errors="backslashreplace") as table,
+        table_file.open("w", encoding="utf-8", errors="backslashreplace", newline="") as table,
         lines_file.open("w", encoding="utf-8", errors="backslashreplace") as lines,
     ):
-        waiting: list[dict[str, Any]] = []
-
-        def flush() -> None:
-            text = frame_to_csv(pd.DataFrame(waiting))
-            table.write(text.split("\n", 1)[1] if table.tell() else text)
-            waiting.clear()
+        cells = csv.writer(table, lineterminator="\n")
+        head: list[str] = []
 
         def write(row: dict[str, Any]) -> None:
-            lines.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
-            waiting.append(row)
-            if len(waiting) >= _ROWS:
-                flush()
+            row = finite(row)
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if not head:
+                head.extend(row)
+                cells.writerow(head)
+            cells.writerow(map(csv_cell, row.values()))
 
         yield write
-        if waiting or not table.tell():
-            flush()
 
 
 def finite(row: dict[str, Any]) -> dict[str, Any]:
