@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,18 +37,12 @@ def given(*_: Any, **__: Any) -> Iterator[Scored]:
         yield Scored(sample, image=value or 0.0, error=error, seconds={"decode": 0.25})
 
 
-def test_files_do_not_depend_on_how_many_rows_are_written_together(
-    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = []
-    for rows in (1, 3, 100):
-        monkeypatch.setattr(scoring, "_ROWS", rows)
-        out = tmp_path / str(rows)
-        result = scoring.score(detector, [], through=given, out=out)
-        found.append([(out / name).read_bytes() for name in ("scores.csv", "scores.jsonl")])
-        assert sorted(path.name for path in out.iterdir()) == ["scores.csv", "scores.jsonl"]
-    assert found[0] == found[1] == found[2]
-    table = found[0][0].decode().splitlines()
+def test_rows_are_safe_in_a_spreadsheet_and_whole_in_json(detector: Detector, tmp_path: Path) -> None:
+    result = scoring.score(detector, [], through=given, out=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.csv", "scores.jsonl"]
+    lines = (tmp_path / "scores.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == result["rows"]
+    table = (tmp_path / "scores.csv").read_bytes().decode().splitlines()
     assert table[0] == "image,score,p_value,verdict,error" and len(table) == 9
     assert (
         table[1].startswith('"\'=no,formula/0.png",0.5,')
