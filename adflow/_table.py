@@ -152,7 +152,7 @@ def plain(value: Any) -> Any:
 
 
 def csv_cell(value: Any) -> Any:
-    """Return what a CSV file holds of a value; a quote before text that a spreadsheet would run (OWASP, "CSV Injection").
+    """Return a value for CSV; text that a spreadsheet would run gets a quote in front (OWASP, "CSV Injection").
 
     >>> csv_cell("=1+1"), csv_cell(0.5), csv_cell([1, 2])
     ("'=1+1", 0.5, '[1, 2]')
