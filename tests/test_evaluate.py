@@ -15,12 +15,13 @@ from conftest import TinyBackbone, make_tiny_images
 from PIL import Image
 from torch import Tensor
 
-from adflow import metrics
+from adflow import methods, metrics
 from adflow.calibration import Calibration
 from adflow.data import Dataset, open_data
 from adflow.detector import Detector, Progress, Resources, Scores
 from adflow.errors import AdflowError, GateError, InputError, ResourceError, UsageError
 from adflow.features import FeatureBank
+from adflow.methods import _train
 from adflow.tasks import _cells, _difference, _jobs, _publish
 from adflow.tasks import evaluate as task
 from adflow.tasks._bank import TrainFeatures
@@ -448,6 +449,21 @@ def features_images(data: Dataset, size: tuple[int, int]) -> Any:
     from adflow.data import Images
 
     return Images(data.train, size)
+
+
+def test_folds_do_not_go_on_with_the_training_of_another(
+    spots: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    monkeypatch.setattr(_train, "CHECKPOINT_SECONDS", -1.0)  # after every step
+    uflow = methods.get("uflow")
+    found = []
+    for checkpoint in (None, tmp_path / "fit.checkpoint"):
+        made = uflow(TinyBackbone(), **uflow.recipes["tiny"])
+        options = FitOptions(device="cpu", folds=2, resources=Resources(checkpoint=checkpoint))
+        summary = fit_detector(made, spots.train, options, (64, 64), False)
+        assert made.calibration is not None
+        found.append((summary["digest"], made.calibration.scores.tolist()))
+    assert found[0] == found[1] and checkpoint is not None and checkpoint.exists()
 
 
 # --- gates, intervals, differences ---------------------------------------------------

@@ -328,10 +328,9 @@ def _measure_fitted(
 ) -> None:
     job = item.job
     assert job.options is not None
-    # Named by the key: the state of another fit is never gone on with. Folds would overwrite each other's.
+    # Named by the key: the state of another fit is never gone on with.
     checkpoint = item.out / "cells" / f".{job.name}-{job.key[:8]}.checkpoint"
-    resources = replace(job.options.resources, checkpoint=None if job.options.folds > 1 else checkpoint)
-    options = replace(job.options, resources=resources)
+    options = replace(job.options, resources=replace(job.options.resources, checkpoint=checkpoint))
     fitted = fit_detector(detector, job.data.train, options, size, keep_aspect, progress, features)
     if item.keep is not None:
         folder = _run_folder(item.keep, job)

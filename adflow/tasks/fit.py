@@ -327,9 +327,9 @@ def _learn(
     """
     skipped: list[str] = [] if features is None else list(features.skipped)
 
-    def learn(indices: Sequence[int], message: str) -> None:
+    def learn(indices: Sequence[int], message: str, checkpoint: Path | None = None) -> None:
         source = Images(Chosen(train, indices), size, keep_aspect=keep_aspect, strict=options.strict)
-        resources = options.resources
+        resources = replace(options.resources, checkpoint=checkpoint)
         if features is not None:
             resources = replace(resources, bank=features.of(indices))
         detector.fit(source, seed=options.seed, resources=resources, progress=progress)
@@ -357,7 +357,8 @@ def _learn(
             rest = sorted(set(range(len(train))) - set(part.tolist()))
             learn(rest, f"fold {fold + 1} of {options.folds}")
             out_of_fold.append(calibrated(sorted(part.tolist())))
-    learn(chosen, "fitted")
+    # Of the last training alone: a fold would go on with the weights of the fold before, which saw its images.
+    learn(chosen, "fitted", options.resources.checkpoint)
     learned = time.perf_counter()
     fit_scores = None
     if out_of_fold:
