@@ -98,7 +98,7 @@ class Job:
     weights: Path | None = None
     group: tuple[Any, ...] = ()
     memory: int = 0
-    error: str | None = None
+    error: AdflowError | None = None
     note: str | None = None
 
 
@@ -167,16 +167,16 @@ def plan_model(
     header = read_header(model)
     made = header.get("provenance") or {}
     head = _head(data, header["method"], header["backbone"]["name"], made.get("recipe"), made.get("seed"))
-    size = header.get("size") or [0, 0]
+    height, width = header.get("size") or (0, 0)
+    size = int(height), int(width)
     key = _digest(
         {"model": header.get("digest"), "precision": precision, "device": choose_device(device).type}
-        | _common(data, data_state(data), measuring, (int(size[0]), int(size[1])), code_digest(header["method"]))
+        | _common(data, data_state(data), measuring, size, code_digest(header["method"]))
     )
     run = model.parent.name if model.stem == "detector" else model.stem
     stem = run_name(data.name, run, str(header.get("digest"))[:8], 0)
-    shape = (int(size[0]), int(size[1]))
-    memory = PROCESS + _maps(data, shape, measuring)
-    note = _note(data, shape, measuring)
+    memory = PROCESS + _maps(data, size, measuring)
+    note = _note(data, size, measuring)
     return Job(data, stem, key, head, None, model, device, precision, weights, memory=memory, note=note)
 
 
@@ -215,7 +215,7 @@ def _facts(data: Dataset, options: FitOptions) -> dict[str, Any]:
     except UsageError:
         raise
     except AdflowError as error:
-        return {"error": str(error)}
+        return {"error": error}
     backbone = detector.backbone
     shared = bank_key(detector, size, keep)
     fit = [options.method, detector.params(), backbone.name, backbone.taps, backbone.weights, size, keep]

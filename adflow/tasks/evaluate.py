@@ -153,8 +153,8 @@ def evaluate(
             tell(index, cell, None, reused=True)
         elif job.error:
             if len(jobs) == 1:
-                raise InputError(job.error)
-            tell(index, None, job.error)
+                raise job.error
+            tell(index, None, str(job.error))
         else:
             pending.append(index)
     reused = len(found)

@@ -245,6 +245,15 @@ def test_the_ci_job_of_the_readme_gates(
     assert failed.code == 6 and "below 0.9999" in failed.err and "there already" in failed.err
 
 
+def test_what_is_not_on_this_machine_has_the_code_and_the_hint_of_fit(
+    parts: Path, tmp_path: Path, call: Call, own_home: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADFLOW_OFFLINE", "1")
+    for command in ("fit", "evaluate"):
+        done = call(command, parts, "-m", "padim", "-b", "resnet18", "--out", tmp_path / command)
+        assert done.code == 4 and "Use --backbone lite0" in done.err, done.err
+
+
 def test_without_ray_the_way_is_shown(
     parts: Path, runs: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
