@@ -287,6 +287,33 @@ def test_json_can_be_read_back_whatever_the_terminal_shows(encoding: str, monkey
     assert json.loads(stream.buffer.getvalue().decode(encoding))["methods"][0]["name"] == odd["name"]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_reader_that_has_gone_is_no_error(form: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "adflow", "list", "methods", *form]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 0 and "rror" not in done.stderr and "ignored" not in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_on_a_full_disk_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "adflow", "list", "methods", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 5 and "the disk is full" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_ctrl_c_is_said_and_has_its_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("adflow.methods.facts", stop)
+    assert cli.run(["list", "methods"]) == 130
+    assert "nothing half-written was left" in capsys.readouterr().err
+
+
 def test_out_of_memory_names_the_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for error in (
         MemoryError(),

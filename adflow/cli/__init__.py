@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 an error without a code of its own, 2 usage, 3 input, 4 no
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -39,6 +40,8 @@ _CLICK_ERROR: type[typer.BadParameter] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
 
+_INTERRUPTED = 130
+
 
 def _version(show: bool) -> None:
     if show:
@@ -61,10 +64,11 @@ def run(arguments: list[str]) -> int:
         # Names of files, and our own words, may hold what the terminal's encoding has not.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        result = typer.main.get_command(app).main(arguments, prog_name="adflow", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except typer.Exit as leave:
-        return leave.exit_code
+        code = typer.main.get_command(app).main(arguments, prog_name="adflow", standalone_mode=False)
+        if code == _INTERRUPTED:  # what newer releases of typer make of Ctrl-C
+            raise KeyboardInterrupt
+        sys.stdout.flush()  # here, where a reader that has gone can be told from a bug
+        return code if isinstance(code, int) else 0
     except _CLICK_ERROR as error:
         error.show(sys.stderr)
         return error.exit_code
@@ -72,12 +76,17 @@ def run(arguments: list[str]) -> int:
         return _tell(error)
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted; nothing half-written was left. The same command starts or goes on again.\n")
-        return 130
-    except BrokenPipeError:
-        # The reader of our output (head, less) has gone: not an error. Python must not complain at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _INTERRUPTED
+    except (BrokenPipeError, SystemExit) as error:
+        # The reader of our output (head, less) has gone, for which typer and rich exit: not an error.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        _drop_output()
         return 0
     except OSError as error:
+        if error.filename is None and error.errno == errno.ENOSPC:  # of stdout: files are written by adflow._files
+            _drop_output()
+            return _tell(ResourceError("cannot write the output: the disk is full", hint="Free some space."))
         if error.filename is None:
             raise
         # No permission, a name too long, a share that is gone: the machine's state, wherever it was met.
@@ -88,6 +97,11 @@ def run(arguments: list[str]) -> int:
         if whose is None:
             raise
         return _tell(_out_of_memory(whose))
+
+
+def _drop_output() -> None:
+    """Lead what stdout still holds nowhere: Python must not complain of it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _short_of_memory(error: Exception) -> str | None:
