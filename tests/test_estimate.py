@@ -100,9 +100,9 @@ def test_the_course_is_extended(points: list[tuple[int, float]], to: int, value:
 
 def test_calibration_in_parts_is_that_of_all_maps(plates: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = methods.get("padim")(TinyBackbone()).fit(make_tiny_images(20).normal)
-    whole = fitting._calibration(detector, plates.train, False)
+    whole, _ = fitting._calibration(detector, plates.train, False)
     monkeypatch.setattr(fitting, "_MAP_BYTES", 7 * 4 * 64 * 64)
-    parts = fitting._calibration(detector, plates.train, False)
+    parts, _ = fitting._calibration(detector, plates.train, False)
     assert parts.n == whole.n == 60 and np.array_equal(parts.scores, whole.scores)
     assert parts.threshold(0.2) == whole.threshold(0.2) and parts.flag_threshold(0.1) == whole.flag_threshold(0.1)
 

@@ -28,7 +28,7 @@ from adflow.tasks._bank import TrainFeatures
 from adflow.tasks._cells import Job, Measuring
 from adflow.tasks._measure import evaluate_detector, image_threshold, streams
 from adflow.tasks._point import OperatingPoint
-from adflow.tasks.fit import FitOptions, fit_detector, prepare
+from adflow.tasks.fit import FitOptions, fit_detector, prepare, split
 
 SIZE = (32, 48)
 
@@ -464,6 +464,20 @@ def test_folds_do_not_go_on_with_the_training_of_another(
         assert made.calibration is not None
         found.append((summary["digest"], made.calibration.scores.tolist()))
     assert found[0] == found[1] and checkpoint is not None and checkpoint.exists()
+
+
+def test_a_held_out_image_that_cannot_be_read_is_named(spots: Dataset, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    options = FitOptions(device="cpu", holdout=0.5)
+    train = list(spots.train)
+    _, held = split(len(train), options)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    train[held[0]] = replace(train[held[0]], image=tmp_path / "broken.png")
+    summary = fit_detector(detector(calibrated=False), train, options, SIZE, False)
+    assert summary["calibration"]["images"] == len(held) - 1
+    (line,) = summary["skipped"]
+    assert "broken.png" in line
 
 
 # --- gates, intervals, differences ---------------------------------------------------

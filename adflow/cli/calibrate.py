@@ -14,6 +14,7 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="Detector file or run name.")],
     good: Annotated[list[str], typer.Argument(help="Good images or folders, none of them fitted on.")],
     device: o.Device = "auto",
+    weights: o.Weights = None,
     strict: o.Strict = False,
     data_root: o.DataRoot = None,
     runs: o.Runs = None,
@@ -28,6 +29,9 @@ def calibrate(
 
     talk = Talk(json=json, quiet=quiet, verbose=verbose)
     path = find_detector(model, runs)
-    summary = run_calibrate(path, gather(good, data_root, split="train"), device=device, strict=strict)
+    samples = gather(good, data_root, split="train")
+    summary = run_calibrate(path, samples, device=device, weights=weights, strict=strict)
+    for error in summary.pop("skipped"):
+        talk.warn(f"skipped {error}")
     talk.say(f"{path}: calibrated on {summary['images']} good images")
     talk.data(summary, summary["detector"])

@@ -10,7 +10,8 @@ from typing import Any
 from adflow._files import sha256_of
 from adflow._video import is_frame
 from adflow.data import Dataset, Sample, open_data
-from adflow.errors import AdflowError
+from adflow.errors import AdflowError, InputError
+from adflow.imaging import read_image
 
 MOST = 32  # images whose hashes a detector carries
 
@@ -21,7 +22,7 @@ def remember(samples: Sequence[Sample], folder: Path) -> dict[str, Any]:
     for sample in evenly([sample for sample in samples if not is_frame(sample.image)], MOST):
         try:
             files[Path(os.path.relpath(sample.image, folder)).as_posix()] = sha256_of(sample.image)
-        except OSError:  # an unreadable image is left out of fit and calibration, too
+        except OSError:  # likewise left out of fit and calibration
             continue
     return {"folder": str(folder), "files": files}
 
@@ -31,10 +32,19 @@ def recall(known: Mapping[str, Any], folders: Sequence[Path]) -> list[Sample]:
     files: Mapping[str, str] = known.get("files") or {}
     for folder in folders:
         paths = [(folder / name, sha256) for name, sha256 in files.items()]
-        found = [path for path, sha256 in paths if path.is_file() and sha256_of(path) == sha256]
+        found = [path for path, sha256 in paths if path.is_file() and sha256_of(path) == sha256 and _is_image(path)]
         if found:
             return [Sample(path, "train", 0, None, None) for path in found]
     return []
+
+
+def _is_image(path: Path) -> bool:
+    """Return whether an image can be read; one that cannot was left out of fit and calibration, too."""
+    try:
+        read_image(path)
+    except InputError:
+        return False
+    return True
 
 
 def default_samples(

@@ -25,7 +25,7 @@ from adflow.detector_file import digest, load_detector, save_detector
 from adflow.errors import InputError, UsageError
 from adflow.imaging import Size
 from adflow.nfa import null_health
-from adflow.pipeline import run
+from adflow.pipeline import Scored, run
 from adflow.runs import DETECTOR, run_name, runs_folder
 from adflow.tasks._bank import TrainFeatures, can_share, image_bytes
 from adflow.tasks._device import choose_device
@@ -341,7 +341,13 @@ def _learn(
         if _ranks.rank() > 0:
             return None
         known = None if features is None else features.calibration(detector, indices)
-        return known or _calibration(detector, Chosen(train, indices), options.strict, options.resources.workers)
+        if known is not None:
+            return known
+        part = Chosen(train, indices)
+        found, unreadable = _calibration(detector, part, options.strict, options.resources.workers)
+        if features is None and options.folds <= 1:  # else they are named with those that are learned from
+            skipped.extend(unreadable)
+        return found
 
     def seen(indices: Sequence[int]) -> np.ndarray:
         known = None if features is None else features.scores(detector, indices)
@@ -371,17 +377,29 @@ def _learn(
     return learned, list(dict.fromkeys(skipped)), fit_scores
 
 
-def _calibration(detector: Detector, good: Sequence[Sample], strict: bool, workers: int | None = None) -> Calibration:
+def _calibration(
+    detector: Detector, good: Sequence[Sample], strict: bool, workers: int | None = None
+) -> tuple[Calibration, list[str]]:
+    """Calibrate on the files of good images; return what is wrong with those that cannot be read, too."""
     parts: list[Calibration] = []
-    readable = (scored for scored in run(detector, good, strict=strict, workers=workers) if scored.error is None)
-    while first := next(readable, None):
+    skipped: list[str] = []
+
+    def readable() -> Iterator[Scored]:
+        for scored in run(detector, good, strict=strict, workers=workers):
+            if scored.error is None:
+                yield scored
+            else:
+                skipped.append(scored.error)
+
+    images = readable()
+    while first := next(images, None):
         # Maps of many images are reduced part by part, so that memory does not grow with them.
         most = max(2, _MAP_BYTES // first.map.nbytes)
-        part = [first, *islice(readable, most - 1)]
+        part = [first, *islice(images, most - 1)]
         parts.append(Calibration.from_maps([s.map for s in part], np.array([s.image for s in part])))
     if not parts:
         raise InputError("none of the images held out for calibration could be read")
-    return parts[0] if len(parts) == 1 else Calibration.merge(parts)
+    return parts[0] if len(parts) == 1 else Calibration.merge(parts), skipped
 
 
 def _null_health(
@@ -399,20 +417,43 @@ def _null_health(
     return [{**scale._asdict(), "trusted": scale.trusted} for scale in null_health(energies)]
 
 
-def calibrate(model: Path, good: Sequence[Sample], *, device: str = "auto", strict: bool = False) -> dict[str, Any]:
+def calibrate(
+    model: Path, good: Sequence[Sample], *, device: str = "auto", weights: Path | None = None, strict: bool = False
+) -> dict[str, Any]:
     """Calibrate a fitted detector anew on good images it was not fitted on, and write it back.
 
+    Args:
+        model: detector file.
+        good: the images.
+        device: cpu, cuda, cuda:N, mps, auto.
+        weights: local weight file of the backbone.
+        strict: an unreadable image is fatal.
+
+    Returns:
+        {"detector", "images": how many were calibrated on, "calibration": its health, "skipped": errors of the others}.
+
     Raises:
-        InputError: no readable image.
+        InputError: no readable image, or a bundle.
     """
+    if model.is_dir():
+        raise InputError(
+            f"{model} is a bundle, which keeps the calibration it was exported with",
+            hint="Calibrate the run it was exported from, and export that again.",
+        )
     with claim(model.parent):
-        detector = load_detector(model, device=choose_device(device))
-        detector.calibration = _calibration(detector, good, strict)
+        detector = load_detector(model, device=choose_device(device), weights=weights)
+        calibration, skipped = _calibration(detector, good, strict)
+        detector.calibration = calibration
         folder = Path(os.path.commonpath([sample.image.absolute().parent for sample in good]))
         detector.provenance = detector.provenance | {
-            "held_out": len(good),
+            "held_out": calibration.n,
             "recalibrated": True,
             "held_out_images": remember(good, folder),
         }
         save_detector(detector, model)
-    return {"detector": str(model), "images": len(good), "calibration": detector.calibration.health()}
+    return {
+        "detector": str(model),
+        "images": calibration.n,
+        "calibration": calibration.health(),
+        "skipped": skipped,
+    }

@@ -112,6 +112,10 @@ def test_held_out_images_are_known_by_their_content_wherever_the_data_lie_now(pa
     assert "held out" in source and "test images of mvtec/parts" in source
     again = {str(s.image.relative_to(moved)) for s in samples if s.split == "train"}
     assert again == set(known["files"]) - {first} and sum(bool(s.label) for s in samples) == 6
+    (moved / first).write_bytes(b"no picture")
+    known["files"][first] = sha256_of(moved / first)  # as a fit would remember what it could not read
+    samples, _ = default_samples(100, made, tmp_path)
+    assert {str(s.image.relative_to(moved)) for s in samples if s.split == "train"} == again
     # Without them: what the data set has; without that, and with detectors that remember none: the demo, said aloud.
     shutil.rmtree(moved / "train" / "good")
     write_part(moved / "train" / "good", 2, np.random.default_rng(9))

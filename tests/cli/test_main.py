@@ -14,6 +14,7 @@ from rich.console import Console
 
 from adflow import backbones, data, methods
 from adflow.cli._console import image_table
+from adflow.detector_file import read_header
 from adflow.tasks import _device
 
 from .conftest import Call, write_part
@@ -126,6 +127,25 @@ def test_darker_images_are_warned_of_until_calibrated_anew(parts: Path, runs: Pa
     done = call("calibrate", copy, tmp_path / "dark2", "--json")
     assert done.code == 0 and done.json()["images"] == 20, done.err
     assert warning not in call("score", tmp_path / "dark", "--model", copy, "--out", out).err
+
+
+def test_calibrate_names_what_it_cannot_read_and_counts_the_others(
+    parts: Path, runs: Path, tmp_path: Path, call: Call
+) -> None:
+    copy = tmp_path / "d.safetensors"
+    copy.write_bytes(next(runs.glob("*/detector.safetensors")).read_bytes())
+    write_part(tmp_path / "good", 10, np.random.default_rng(8))
+    (tmp_path / "good" / "broken.png").write_bytes(b"no picture")
+    done = call("calibrate", copy, tmp_path / "good", "--json")
+    assert done.code == 0 and "broken.png" in done.err and "calibrated on 10 good images" in done.err, done.err
+    assert done.json()["images"] == 10 and set(done.json()) == {"detector", "images", "calibration"}
+    assert read_header(copy)["provenance"]["held_out"] == 10
+    other = call("calibrate", copy, tmp_path / "good", "--weights", tmp_path / "none.pth")
+    assert other.code == 3 and "none.pth" in other.err
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "certificate.json").write_text("{}")
+    refused = call("calibrate", tmp_path / "bundle", tmp_path / "good")
+    assert refused.code == 3 and "is a bundle" in refused.err
 
 
 def test_list_detectors_and_methods(runs: Path, call: Call) -> None:
