@@ -53,7 +53,7 @@ def licence_of(data: str) -> dict[str, str]:
     entry = zoo.load().datasets.get(data.partition("/")[0])
     if entry is not None:
         return {"name": entry.licence.name, "note": entry.licence.note}
-    if data.startswith("demo"):
+    if data.startswith("demo/"):
         note = "Photographs of textures that scikit-image carries, with defects that adflow draws."
         return {"name": "CC0 1.0", "note": note}
     return {"name": "unknown", "note": "The images are in no catalogue: ask their owner before you pass this on."}

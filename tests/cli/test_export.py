@@ -18,13 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
-from adflow import fetch
+from adflow import fetch, zoo
 from adflow._files import sha256_of
 from adflow.bundle import load_bundle, open_model
 from adflow.data import Sample
 from adflow.detector_file import load_detector, read_header
 from adflow.imaging import fit_to
 from adflow.tasks import export as task
+from adflow.tasks._about import licence_of
 from adflow.tasks._proof import default_samples, remember
 
 from .conftest import Call, Result, write_part
@@ -409,6 +410,11 @@ def test_a_copy_scores_the_same(runs: Path, tmp_path: Path, call: Call) -> None:
     assert done.code == 0, done.err
     (source,) = runs.glob("*/detector.safetensors")
     assert (tmp_path / "mine.safetensors").read_bytes() == source.read_bytes()
+
+
+def test_the_licence_is_that_of_the_training_data() -> None:
+    names = [licence_of(data)["name"] for data in ("demo/brick", "demolition", "mvtec/screw", "my parts")]
+    assert names == ["CC0 1.0", "unknown", zoo.load().datasets["mvtec"].licence.name, "unknown"]
 
 
 def test_the_hub_gets_detector_and_card_with_measured_figures(
