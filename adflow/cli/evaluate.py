@@ -164,6 +164,11 @@ def evaluate(
     if fail_on_regression and not any(side.kind != "published" for side in sides):
         raise UsageError("--fail-on-regression needs --compare with another evaluation or run")
     if not data:
+        if wanted:
+            raise UsageError(
+                "--fail-under and --fail-over gate what is evaluated now, and no data set is named",
+                hint="Two finished evaluations are gated by --fail-on-regression.",
+            )
         steps.two_evaluations(sides, talk, fail_on_regression)
         return
     given = {"--recipe": recipe != "fast", "--backbone": backbone, "--taps": taps, "--set": settings, "--size": size,

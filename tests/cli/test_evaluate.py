@@ -155,6 +155,8 @@ def test_gates_fail_with_code_6_and_say_where(parts: Path, done: Path, tmp_path:
     two = call("evaluate", "--compare", done, "--compare", baseline, "--json")
     assert two.code == 0 and {line["verdict"] for line in two.json()["comparison"]} >= {"worse", "not shown"}
     assert call("evaluate", "--compare", done, "--compare", baseline, "--fail-on-regression").code == 6
+    ungated = call("evaluate", "--compare", done, "--compare", baseline, "--fail-under", "pixel_auroc=0.9999")
+    assert ungated.code == 2 and "--fail-on-regression" in ungated.err
     assert call("evaluate", "--compare", done).code == 2
     assert call("evaluate").code == 2
     assert "worse" in call("evaluate", "--compare", done, "--compare", baseline).out
