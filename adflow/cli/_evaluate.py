@@ -149,11 +149,6 @@ def _model(one: Dataset, path: Path, measuring: Measuring, where: Where) -> Job:
     return plan_model(one, path, measuring, device=where.device, precision=where.precision, weights=where.weights)
 
 
-def runs_of(runs: Path | None) -> Path:
-    """Return the folder of runs."""
-    return runs_folder(runs)
-
-
 def compute(
     jobs: Sequence[Job],
     measuring: Measuring,
@@ -180,7 +175,7 @@ def compute(
         if done.reused:
             before += 1
             return
-        if before and not told.intersection({"before"}):
+        if before and "before" not in told:
             told.add("before")
             talk.say(f"{before} of {done.total} cells are there already (--fresh computes them anew)")
         if done.error is not None:
@@ -248,10 +243,9 @@ def beside(
     """Return the comparison with one side."""
     if one.kind == "published":
         return compare(outcome.rows, one.name)
-    if one.kind == "evaluation":
-        assert one.path is not None
-        return difference(outcome.cells, read_cells(one.path), one.name)
     assert one.path is not None
+    if one.kind == "evaluation":
+        return difference(outcome.cells, read_cells(one.path), one.name)
     jobs = unique([_model(data, one.path, measuring, where) for data in found])
     other = compute(jobs, measuring, folder, processes, False, None, command(), talk)
     return difference(outcome.cells, other.cells, one.name)

@@ -77,7 +77,7 @@ def download(
         results.append(result)
     lines = [f"{path}{'  (was there)' if r.already else ''}" for r in results for path in r.paths]
     talk.data({"downloads": [task.to_dict(result) for result in results]}, "\n".join(lines))
-    if names and names[0].split("/")[0] in catalogue.datasets:
+    if names[0].split("/")[0] in catalogue.datasets:
         talk.next(f"adflow fit {names[0]}")
 
 

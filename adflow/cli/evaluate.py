@@ -153,6 +153,7 @@ def evaluate(
     from adflow._lock import claim
     from adflow.cli import _evaluate as steps
     from adflow.report import Gridded
+    from adflow.runs import runs_folder
     from adflow.tasks import _publish
     from adflow.tasks._cells import Measuring, folder_name
     from adflow.tasks._difference import Differences, intervals
@@ -200,9 +201,9 @@ def evaluate(
         planned = steps.models(classes, model, measuring, where, talk)
     else:
         planned = steps.fits(classes, o.names(method) or (), steps.seed_list(seeds), options, measuring)
-    folder = out or steps.runs_of(runs) / folder_name([one.name for one in classes], options, measuring)
+    folder = out or runs_folder(runs) / folder_name([one.name for one in classes], options, measuring)
     typed = command()
-    kept = steps.runs_of(runs) if keep else None
+    kept = runs_folder(runs) if keep else None
     cluster = o.cluster(executor, ray_address, workers, device)
     with claim(folder, "cells", "overlays"):
         outcome = steps.compute(planned, measuring, folder, jobs, fresh, kept, typed, talk, cluster)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -265,10 +265,7 @@ def _holm(lines: Sequence[Difference]) -> list[Difference]:
     for rank, i in enumerate(order):
         running = max(running, min(1.0, (len(order) - rank) * lines[i].p_value))
         corrected[i] = running
-    return [
-        Difference(**{name: getattr(line, name) for name in line.__dataclass_fields__ if name != "p_value"}, p_value=p)
-        for line, p in zip(lines, corrected, strict=True)
-    ]
+    return [replace(line, p_value=p) for line, p in zip(lines, corrected, strict=True)]
 
 
 def _by_name(cell: Cell, names: Sequence[str], key: str) -> list[Any]:

@@ -242,7 +242,6 @@ def defect_table(rows: Sequence[Mapping[str, Any]], width: int | None = None) ->
     frame = pd.DataFrame([{key: _float(key, value) for key, value in line.items()} for line in lines])
     names = ["class", *(["method"] if frame["method"].nunique() > 1 else []), "defect"]
     columns = [name for name in DEFECT_COLUMNS if name in frame and frame[name].notna().any()]
-    body = []
     by = ["dataset", "class", "method", "backbone", "recipe", "defect"]
     groups = [(dict(zip(by, keys, strict=True)), group) for keys, group in frame.groupby(by, sort=False, dropna=False)]
     table = {name: [str(at[name]) for at, _ in groups] for name in names}

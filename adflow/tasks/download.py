@@ -373,8 +373,8 @@ def _present(entry: DatasetEntry, class_: str | None, place: Path) -> bool:
     names = [class_] if class_ else list(entry.classes)
     if not place.is_dir() or not fits(entry, names, place):
         return False
-    receipts = [place / ".adflow" / f"{key}.json" for key in ("all", *names)]
-    if any(receipt.is_file() for receipt in receipts[:1]) or all(r.is_file() for r in receipts[1:]):
+    whole, *each = ((place / ".adflow" / f"{key}.json").is_file() for key in ("all", *names))
+    if whole or all(each):
         return True
     if _beside(place, class_).exists():
         return False  # whoever brought it was killed

@@ -131,7 +131,7 @@ def evaluate(
     processes = cluster.slots if cluster else processes
     found: dict[int, dict[str, Any]] = {}
     errors: dict[int, str] = {}
-    clock = _Clock(jobs, processes)
+    clock = _Clock(jobs)
     pending = []
 
     def tell(index: int, cell: dict[str, Any] | None, error: str | None, reused: bool = False) -> None:
@@ -427,15 +427,13 @@ def point_of(detector: Detector, measuring: Measuring) -> tuple[OperatingPoint |
 class _Clock:
     """Estimates the time left from what cells of the same method took."""
 
-    def __init__(self, jobs: Sequence[Job], processes: int) -> None:
+    def __init__(self, jobs: Sequence[Job]) -> None:
         self.methods = [job.head["method"] for job in jobs]
-        self.processes = max(1, processes)
         self.seconds: dict[str, list[float]] = {}
         self.last = time.monotonic()
-        self.began = self.last
 
     def start(self) -> None:
-        self.last = self.began = time.monotonic()
+        self.last = time.monotonic()
 
     def took(self, index: int) -> None:
         now = time.monotonic()
