@@ -87,12 +87,12 @@ def export(
     if model is None:
         talk.say(f"model: {path.parent.name} (the run fitted last)")
     if to is not None and to.startswith("hub:"):
-        done = task.publish(path, to.removeprefix("hub:"), runs=runs, private=private)
+        done = task.publish(path, to.removeprefix("hub:"), runs=runs, private=private, weights=weights)
         talk.data(done, f"{done['repo']} at commit {done['commit']}")
         talk.say(f"licence of the training data: {done['licence']['name']}. {done['licence']['note']}")
         return
     if to is not None:
-        place = task.copy_detector(path, Path(to))
+        place = task.copy_detector(path, Path(to), weights=weights)
         talk.data({"detector": str(place)}, str(place))
         return
     assert format_ is not None

@@ -25,6 +25,7 @@ from adflow.fetch import push_detector
 from adflow.imaging import fit_to, read_image
 from adflow.runs import runs_folder
 from adflow.tasks._about import licence_of, public, write_about
+from adflow.tasks._cells import read_cell
 from adflow.tasks._certificate import certify
 from adflow.tasks._point import operating_point
 from adflow.tasks._program import OPSETS, Form, Thresholds, write_program
@@ -41,22 +42,24 @@ HALF_TOLERANCE = 2e-2
 MAX_DROP = 0.01
 
 
-def copy_detector(model: Path, target: Path) -> Path:
-    """Copy a detector file, checked, to ``target`` (a file, or a folder that is there)."""
-    load_detector(model)
+def copy_detector(model: Path, target: Path, *, weights: Path | None = None) -> Path:
+    """Copy a detector file, checked with its backbone, to ``target`` (a file, or a folder that is there)."""
+    load_detector(model, weights=weights)
     place = target / model.name if target.is_dir() else target
     with atomic_write(place) as temporary:
         shutil.copyfile(model, temporary)
     return place
 
 
-def publish(model: Path, repo: str, *, runs: Path | None = None, private: bool = False) -> dict[str, Any]:
+def publish(
+    model: Path, repo: str, *, runs: Path | None = None, private: bool = False, weights: Path | None = None
+) -> dict[str, Any]:
     """Write a detector with its model card to the hub repository ``repo`` (owner/name).
 
     Raises:
         UnavailableError: no token, no right, no network.
     """
-    detector = load_detector(model)
+    detector = load_detector(model, weights=weights)
     header = read_header(model)
     data = str(header["provenance"].get("data") or "unknown data")
     terms = licence_of(data)
@@ -78,11 +81,8 @@ def measured(learned: str, runs: Path | None) -> dict[str, float]:
     """Return the figures of the newest evaluation of the detector with this digest, as fractions; {} without one."""
     cells = sorted(runs_folder(runs).glob("*/cells/*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for path in cells:
-        try:
-            cell = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(cell, dict) and cell.get("detector") == learned:
+        cell = read_cell(path)
+        if cell is not None and cell.get("detector") == learned:
             row = cell["row"]
             return {name: float(row[name]) for name in METRICS if isinstance(row.get(name), int | float)}
     return {}

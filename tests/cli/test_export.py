@@ -410,6 +410,9 @@ def test_a_copy_scores_the_same(runs: Path, tmp_path: Path, call: Call) -> None:
     assert done.code == 0, done.err
     (source,) = runs.glob("*/detector.safetensors")
     assert (tmp_path / "mine.safetensors").read_bytes() == source.read_bytes()
+    for target in (tmp_path / "other.safetensors", "hub:me/parts"):
+        other = call("export", "--runs", runs, "--to", target, "--weights", tmp_path / "none.pth")
+        assert other.code == 3 and "none.pth" in other.err
 
 
 def test_the_licence_is_that_of_the_training_data() -> None:
