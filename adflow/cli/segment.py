@@ -90,7 +90,8 @@ def segment(
             f"{point.observed['regions_per_image']:.2f} regions per image, "
             f"{point.observed['flagged_share']:.0%} of them marked."
         )
-    talk.say(f"written: {folder}/masks, overlays, regions.jsonl, images.csv, coco.json")
+    pictures = ", overlays" if overlays else ""
+    talk.say(f"written: {folder}/masks{pictures}, regions.jsonl, images.csv, coco.json")
 
 
 def _table(result: dict[str, Any]) -> Any:

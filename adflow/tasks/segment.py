@@ -166,6 +166,7 @@ def find_regions(
         top, left, bottom, right = region.bbox
         area = round(region.area * scale_y * scale_x)
         if area < min_area:
+            small[region.mask] = False
             continue
         rows.append(
             {
@@ -182,11 +183,6 @@ def find_regions(
                 "contour": [[round(x * scale_x, 1), round(y * scale_y, 1)] for y, x in region.contour],
             }
         )
-    if len(rows) < len(found):
-        small = small.copy()
-        for region in found:
-            if round(region.area * scale_y * scale_x) < min_area:
-                small[region.mask] = False
     # Linear interpolation, cut at one half: smooth outlines where nearest neighbours would give stairs.
     mask = restore(small.astype(np.float32), box, original) >= 0.5
     return rows, mask

@@ -98,6 +98,12 @@ def test_segment_writes_masks_overlays_regions_and_coco(parts: Path, runs: Path,
     assert len(coco["images"]) == 12 and len(coco["annotations"]) == len(regions)
     assert len(list((tmp_path / "overlays").rglob("*.png"))) == 12
     assert "false regions per good image" in done.err
+    assert f"{tmp_path}/masks, overlays, regions.jsonl" in done.err
+    out = tmp_path / "none"
+    none = call("segment", bad[0]["image"], "--runs", runs, "--out", out, "--min-area", 9999, "--no-overlays")
+    assert none.code == 0 and "0 regions in 0 of 1" in none.err and f"{out}/masks, regions.jsonl" in none.err
+    with Image.open(next((out / "masks").iterdir())) as mask:
+        assert not np.asarray(mask).any()
 
 
 def test_evaluate_prints_one_object_with_fractions(parts: Path, runs: Path, call: Call) -> None:
