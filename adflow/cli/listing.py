@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
@@ -84,11 +85,9 @@ def _detectors(runs: Path | None) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"name": run.name, "file": str(file), "bytes": file.stat().st_size}
         summary = run / "fit.json"
         if summary.is_file():
-            import json
-
             try:
                 row |= {k: v for k, v in json.loads(summary.read_text(encoding="utf-8")).items() if k in _SHOWN}
-            except ValueError:
+            except (ValueError, AttributeError):  # no JSON, or no object
                 row["note"] = "fit.json is damaged"
         rows.append(row)
     return rows

@@ -160,6 +160,15 @@ def test_list_detectors_and_methods(runs: Path, call: Call) -> None:
     assert "padim" in call("list", "methods").out
 
 
+def test_a_damaged_summary_is_a_note(tmp_path: Path, call: Call) -> None:
+    for name, text in (("a", "{"), ("b", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "detector.safetensors").write_bytes(b"")
+        (tmp_path / name / "fit.json").write_text(text)
+    done = call("list", "detectors", "--runs", tmp_path, "--json")
+    assert done.code == 0 and [row["note"] for row in done.json()["detectors"]] == ["fit.json is damaged"] * 2
+
+
 def test_list_shows_recipes_backbones_and_layouts(parts: Path, call: Call) -> None:
     for row in call("list", "methods", "--json").json()["methods"]:
         assert set(row["recipes"]) == set(methods.get(row["name"]).recipes) - {"tiny"}
