@@ -67,8 +67,14 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         raise DetectorFileError(
             f"{folder} is no bundle: {METADATA} is missing or damaged", hint="Make one: adflow export RUN --format onnx"
         ) from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("kind") not in MODELS:
+    if not isinstance(found, dict) or found.get("format") != FORMAT or str(found.get("kind")) not in MODELS:
         raise DetectorFileError(f"{folder} is a bundle of another version of adflow", hint="Export it again.")
+    try:
+        said = [found["sha256"], found["detector"]["method"], found["detector"]["backbone"]["name"]]
+    except (KeyError, TypeError):
+        said = [None]
+    if not all(isinstance(word, str) for word in said):
+        raise DetectorFileError(f"{folder} is damaged: {METADATA} does not say what it holds", hint="Export it again.")
     return found
 
 

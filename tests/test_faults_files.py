@@ -130,6 +130,22 @@ def test_a_detector_replaced_while_it_is_read_is_the_old_or_the_new_one(
     assert read_header(file)["digest"] in known
 
 
+@pytest.mark.parametrize(
+    "change", [{"detector": None}, {"detector": {"backbone": 3}}, {"sha256": None}, {"kind": ["onnx"]}], ids=str
+)
+def test_a_bundle_that_does_not_say_what_it_holds_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    header = {"method": "padim", "backbone": {"name": "x"}}
+    about = {"format": 1, "kind": "onnx", "sha256": "0" * 64, "detector": header}
+    (tmp_path / "model.onnx").write_bytes(b"a model")
+    (tmp_path / "metadata.json").write_text(json.dumps(about))
+    assert read_header(tmp_path)["digest"] == "0" * 64
+    (tmp_path / "metadata.json").write_text(json.dumps(about | change))
+    with pytest.raises(DetectorFileError):
+        read_header(tmp_path)
+    with pytest.raises(DetectorFileError):
+        load_detector(tmp_path)
+
+
 # ---- other files
 
 
