@@ -188,6 +188,19 @@ def test_decoders_must_be_as_many_as_taps(tmp_path: Path, tiny_backbone: Backbon
         convert(path, entry("cflow", "cflow-ad"), runs=tmp_path / "runs", backbone=tiny_backbone)
 
 
+@pytest.mark.parametrize("change", [("subnet.0", "net.0"), ("module_list.", "module_list.x")])
+def test_decoders_of_another_kind_are_refused(
+    change: tuple[str, str], tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    path, _ = cflow_file(tmp_path, tiny_backbone)
+    content = torch.load(path, weights_only=True)
+    states = content["decoder_state_dict"]
+    content["decoder_state_dict"] = [{key.replace(*change): value for key, value in s.items()} for s in states]
+    torch.save(content, path)
+    with pytest.raises(InputError, match="no FrEIA chains"):
+        convert(path, entry("cflow", "cflow-ad"), runs=tmp_path / "runs", backbone=tiny_backbone)
+
+
 def test_an_unknown_format_is_named(tmp_path: Path, tiny_backbone: Backbone) -> None:
     with pytest.raises(UsageError, match="uflow-lightning"):
         convert(tmp_path / "x", entry("uflow", "uflow-litening"), runs=tmp_path, backbone=tiny_backbone)

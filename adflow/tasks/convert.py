@@ -14,6 +14,7 @@ A converted detector is not calibrated: no good image has passed it yet (``adflo
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -178,12 +179,11 @@ def _cflow(
             hint="Give the taps it was trained on under parameters in the zoo entry.",
         )
     decoders = [_tensors(state, f"decoder {number}") for number, state in enumerate(states)]
-    blocks = {1 + max(int(key.split(".")[1]) for key in state if key.startswith("module_list.")) for state in decoders
-              if any(key.startswith("module_list.") for key in state)}  # fmt: skip
-    if len(blocks) != 1:
+    blocks = {_blocks(state) for state in decoders}
+    first, offset = (decoders[0].get(f"module_list.0.{name}") for name in ("subnet.0.weight", "global_offset"))
+    if len(blocks) != 1 or first is None or first.ndim != 2 or offset is None:
         raise InputError("the checkpoint's decoders are no FrEIA chains of equally many blocks (module_list.*)")
-    first = decoders[0]["module_list.0.subnet.0.weight"]
-    half = decoders[0]["module_list.0.global_offset"].numel()
+    half = offset.numel()
     settings = _settings(entry) | {
         "blocks": blocks.pop(),
         "position": int(first.shape[1] - (half - half // 2)),
@@ -202,6 +202,11 @@ def _cflow(
             "if it was trained on others, its scores are worthless here"
         )
     return detector, notes
+
+
+def _blocks(decoder: Mapping[str, Tensor]) -> int:
+    """Return how many FrEIA blocks a decoder has."""
+    return len({found[1] for key in decoder if (found := re.match(r"module_list\.(\d+)\.", key))})
 
 
 def _same_net(encoder: Mapping[str, Tensor], net: Backbone) -> bool:
