@@ -20,6 +20,8 @@ from adflow.bundle import MODELS, open_model
 from adflow.detector import Detector, FeatureDetector
 from adflow.detector_file import load_detector, save_detector
 from adflow.errors import AdflowError, InputError, UsageError
+from adflow.imaging import Box
+from adflow.tasks._null import GaussianNull
 from adflow.tasks._program import Form, Thresholds, write_program
 
 NAMES = methods.names()
@@ -177,6 +179,13 @@ def test_energies_are_non_negative_and_roughly_calibrated(fitted: dict[str, Dete
             assert (energy.chi2 >= 0).all() and torch.isfinite(energy.chi2).all(), name
             # On new good images (a memory knows its own) the mean is about the degrees: an order of magnitude.
             assert 0.1 < float(energy.chi2.mean()) / energy.dof < 10, name
+
+
+def test_the_null_model_scores_the_image_and_not_what_surrounds_it(fitted: dict[str, Detector]) -> None:
+    null, image = GaussianNull(fitted["padim"]), with_defect(good_images(1, seed=5))
+    whole, part = null.score(image), null.score(image, [Box(40, 0, 24, SIZE[1])])
+    assert torch.equal(whole.map, part.map) and float(whole.image[0]) == float(whole.map.max())
+    assert float(part.image[0]) == float(whole.map[0, 40:].max()) < float(whole.image[0])
 
 
 def test_methods_without_a_null_model_say_so(fitted: dict[str, Detector]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adflow import nfa
+from adflow._reduce import reduce_map
 from adflow.detector import Detector, Energy, Scores
 from adflow.errors import InputError, unknown
 from adflow.imaging import Box
@@ -53,7 +54,8 @@ class GaussianNull(Detector):
         energies = [(e.chi2.cpu().numpy(), e.dof) for e in self.inner.energies(images)]
         size = (images.shape[2], images.shape[3])
         maps = torch.from_numpy(nfa.tree(energies, size, bound=self.bound, tests=self.tests))
-        return Scores(maps, maps.flatten(1).amax(1))
+        values = [reduce_map(m, "max", 0.0, boxes[i] if boxes else None) for i, m in enumerate(maps)]
+        return Scores(maps, torch.stack(values))
 
     def _energies(self, images: Tensor) -> list[Energy]:
         return self.inner.energies(images)
