@@ -7,7 +7,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from PIL import Image
 
 from adflow import __version__
 from adflow._files import sha256_of
+from adflow._system import version_of
 from adflow._video import is_frame
 from adflow.bundle import MODELS, Bundle, onnx_session, openvino_model
 from adflow.data import Sample
@@ -231,14 +231,6 @@ def _accuracy(
             hint="Raise --max-drop, or use --half.",
         )
     return {**found, "drop": drop, "max_drop": max_drop}
-
-
-def version_of(package: str) -> str | None:
-    """Return the version of an installed package, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def compare_stages(detector: Detector, model: Path, form: Form, pair: _Pair) -> list[dict[str, Any]]:

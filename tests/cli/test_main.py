@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from adflow import backbones, data, methods
+from adflow.cli import doctor
 from adflow.cli._console import image_table
 from adflow.detector_file import read_header
 from adflow.tasks import _device
@@ -158,6 +159,20 @@ def test_list_detectors_and_methods(runs: Path, call: Call) -> None:
     found = call("list", "detectors", "--runs", runs, "--json").json()["detectors"]
     assert [row["method"] for row in found] == ["padim"]
     assert "padim" in call("list", "methods").out
+
+
+def test_doctor_shows_what_is_missing_and_fails_where_nothing_works(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "version_of", lambda package: None)
+        bare = call("doctor", "--json")
+    assert bare.code == 0 and bare.json()["self_test"] is None and "pip install efficientnet-lite0" in bare.err
+    whole = call("doctor", "--json")
+    assert whole.code == 0 and whole.json()["self_test"]["works"] and whole.json()["packages"]["torch"]
+    monkeypatch.setattr(doctor, "_self_test", lambda device: {"works": False, "peak": [0, 0], "seconds": 0.0})
+    failed = call("doctor")
+    assert failed.code == 1 and "works" in failed.out and "self-test failed" in failed.err
 
 
 def test_a_damaged_summary_is_a_note(tmp_path: Path, call: Call) -> None:
