@@ -9,7 +9,7 @@
     ├── UnavailableError      4   weights, data or an optional package that are not on this machine
     ├── ResourceError         5   disk full, no permission, out of memory, a limit that cannot be kept
     ├── GateError             6   a metric below what ``--fail-under`` asks, or a regression
-    ├── PartialError          7   some cells or files failed, the rest is done
+    ├── PartialError          7   some cells or classes failed, the rest is done
     └── TrainingError         8   a loss that is not finite and could not be recovered
 
 Anything else that escapes is a bug and shows its traceback. The library raises; only the command line prints.
@@ -71,7 +71,7 @@ class GateError(AdflowError):
 
 
 class PartialError(AdflowError):
-    """Some cells or files failed; the rest is done."""
+    """Some cells or classes failed; the rest is done."""
 
     exit_code = 7
 

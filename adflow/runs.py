@@ -37,10 +37,10 @@ def list_runs(folder: Path | None = None) -> list[Path]:
 
 
 def find_detector(model: str | Path | None, folder: Path | None = None) -> Path:
-    """Return the detector file that ``model`` means.
+    """Return the detector file, or the folder of the bundle, that ``model`` means.
 
     Args:
-        model: a file, a run folder, a run's name, or None for the run fitted last.
+        model: a file, a run folder, a run's name, a bundle, or None for the run fitted last.
         folder: the folder of runs.
 
     Raises:
@@ -59,8 +59,10 @@ def find_detector(model: str | Path | None, folder: Path | None = None) -> Path:
     if path.is_file():
         return path
     for candidate in (path, runs_folder(folder) / path):
-        if (candidate / DETECTOR).is_file() or (candidate / "certificate.json").is_file():
-            return candidate / DETECTOR if (candidate / DETECTOR).is_file() else candidate
+        if (candidate / DETECTOR).is_file():
+            return candidate / DETECTOR
+        if (candidate / "certificate.json").is_file():  # a bundle
+            return candidate
     raise unknown("run or detector file", str(model), [run.name for run in runs])
 
 

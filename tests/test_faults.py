@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,13 @@ import pytest
 import torch
 from conftest import TinyBackbone
 from PIL import Image
+from rich.console import Console
 from safetensors import SafetensorError
 
 from adflow import cli
 from adflow._files import atomic_write, replace_folder, write_text
 from adflow._lock import claim, lock
+from adflow.cli import _console
 from adflow.cli._console import Talk
 from adflow.data import Sample
 from adflow.detector import Detector, Scores
@@ -274,6 +278,16 @@ def test_a_name_is_not_obeyed_by_the_terminal(capsys: pytest.CaptureFixture[str]
     Talk().data({}, "a\x1b[31m.png\nb")
     both = captured.err + "".join(capsys.readouterr())
     assert "\x1b" not in both and "\x07" not in both and "a\\x1b[31m.png\nb" in both
+
+
+def test_a_bar_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream, talk = io.StringIO(), Talk()
+    talk.err = Console(file=stream, force_terminal=True, width=200)
+    monkeypatch.setattr(_console, "time", SimpleNamespace(monotonic=itertools.count(0, 10).__next__))
+    with talk.progress("plates[old]") as step:
+        step(1, 2, "fit[/b]")  # a closing tag that nothing opened would be an error of the markup
+    assert "plates[old]: fit[/b]" in stream.getvalue()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

@@ -14,7 +14,7 @@ from servers import CONTENT, FAST, SHA, FileServer, HubServer, hub_server, left_
 from adflow import fetch, zoo
 from adflow._card import model_card
 from adflow.errors import UnavailableError, UsageError
-from adflow.tasks.download import download
+from adflow.tasks.download import download, plan
 
 pytestmark = pytest.mark.usefixtures("own_home")
 
@@ -178,6 +178,8 @@ def test_publishing_with_a_wrong_token_is_refused_in_one_line(hub: HubServer, tm
     assert "\n" not in str(caught.value)
 
 
-def test_names_from_the_hub_do_not_mix_with_from(tmp_path: Path) -> None:
+def test_names_from_the_hub_mix_with_neither_from_nor_dry_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--from"):
         download("hub:a/b", source=tmp_path)
+    with pytest.raises(UsageError, match="only the hub knows"):
+        plan("hub:a/b")

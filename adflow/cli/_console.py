@@ -108,7 +108,7 @@ class Talk:
                 bar.start()
                 live = True
             if message not in tasks:
-                tasks[message] = bar.add_task(f"{what}: {message}", total=total)
+                tasks[message] = bar.add_task(escape(visible(f"{what}: {message}")), total=total)
             bar.update(tasks[message], completed=done, total=total)
 
         try:

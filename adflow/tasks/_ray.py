@@ -207,7 +207,7 @@ def connect(address: str | None, *, cpus: int = 1, gpus: float = 0) -> Cluster:
             ray.init(known or "local", logging_level=logging.WARNING, **own)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UnavailableError(
-                f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS')}: {_first_line(error)}",
+                f"no Ray cluster at {known or 'this machine'}: {_first_line(error)}",
                 hint="Start one with `ray start --head`, or leave --ray-address out to use this machine alone. "
                 "One with a token wants RAY_AUTH_MODE=token and its ~/.ray/auth_token on this machine too.",
             ) from error

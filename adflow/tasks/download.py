@@ -128,8 +128,10 @@ def plan(name: str, *, catalogue: zoo.Zoo | None = None, root: Path | None = Non
     """Say what `download` would do; touches neither the network nor the disk.
 
     Raises:
-        UsageError: no such name.
+        UsageError: no such name, or one of the hub.
     """
+    if name.startswith("hub:"):
+        raise UsageError(f"only the hub knows what {name} is: there is no plan of it", hint="Leave --dry-run out.")
     entry = (catalogue or zoo.load()).find(name)
     cache = zoo.home()
     if isinstance(entry, DatasetEntry):
