@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -127,7 +128,7 @@ def export(
     talk.data(done, _table(done))
     proven = "measured" if int8 else f"proven equal within {done['tolerance']:g}"
     talk.say(f"{proven} on {done['images']} images ({source}); written: {folder}")
-    talk.next(f"adflow score --model {folder} IMAGES")
+    talk.next(f"adflow score --model {shlex.quote(str(folder))} IMAGES")
 
 
 def _table(done: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ def fit(
     if failed:
         name, error = failed[0]
         raise PartialError(f"{len(failed)} of {len(classes)} classes failed; the first, {name}: {error}")
-    talk.next(f"adflow evaluate {data[0]}   |   adflow segment FOLDER --nfa 1")
+    talk.next(f"adflow evaluate {shlex.quote(data[0])}   |   adflow segment FOLDER --nfa 1")
 
 
 def _feature_bytes(features: str, whole: str | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -71,7 +72,7 @@ def score(
         for line in _profile(result["profile"]):
             talk.say(line)
     talk.say(f"written: {folder}/scores.csv, {folder}/scores.jsonl")
-    talk.next(f"adflow segment {paths[0]}")
+    talk.next(f"adflow segment {shlex.quote(paths[0])}")
 
 
 def _profile(profile: dict[str, Any]) -> list[str]:

@@ -35,7 +35,7 @@ def test_fit_writes_a_run_and_says_the_next_command(parts: Path, tmp_path: Path,
     assert done.code == 0, done.err
     (run,) = done.json()["runs"]
     assert run["images"] == 32 and run["held_out"] == 8 and run["size"] == [64, 64]
-    assert Path(run["detector"]).is_file() and "next:" in done.err
+    assert Path(run["detector"]).is_file() and f"next: adflow evaluate '{parts}'" in done.err  # it has a space
     assert 0 <= run["calibration"]["fit_auc"] <= 1 and "fitted ones (AUC" in done.err
     assert sorted(p.name for p in Path(run["detector"]).parent.iterdir()) == ["detector.safetensors", "fit.json"]
 
