@@ -128,6 +128,7 @@ def test_undefined_values_are_nan_with_a_reason():
     full = metrics.pixel_metrics(maps, np.ones_like(masks))
     assert set(full.reasons) == {"auroc", "aupro"} and np.isnan(full.auroc) and np.isnan(full.aupro)
     assert full.ap == 1.0 and full.f1_max == 1.0
+    assert full.n_regions == len(maps) and np.isnan(full.regions.aupro).all()
     one_kind = metrics.image_metrics([0.1, 0.2], [1, 1])
     assert np.isnan(one_kind.auroc) and one_kind.reasons == {"auroc": "no normal image"}
     assert metrics.image_metrics([0.1, 0.2], [0, 0]).reasons["ap"] == "no anomalous image"
@@ -346,6 +347,26 @@ def test_streaming_survives_more_octaves_than_it_has_pages(monkeypatch):
             assert abs(getattr(both, name) - getattr(exact, name)) <= bound
 
 
+def test_coarse_bins_stay_coarse_in_a_merged_stream_that_has_pages_left(monkeypatch):
+    monkeypatch.setattr("adflow.metrics._streaming._PAGES", 3)
+    monkeypatch.setattr("adflow.metrics._streaming._SLOTS", (1 << 16) + 3 * 64)
+
+    def score(coarse: int, fine: int = 0) -> np.float32:
+        return np.array([(0x3F80 + coarse) << 16 | fine << 10], np.uint32).view(np.float32)[0]
+
+    maps = [[score(5), score(7)], [score(i) for i in (1, 2, 3, 5, 7)], [score(5, 30), score(6)]]
+    maps = [np.array([one], np.float32) for one in maps]
+    masks = [None, None, np.array([[True, False]])]
+    first, second = StreamingPixelMetrics(), StreamingPixelMetrics()
+    first.add(maps[0], masks[0])
+    second.add(maps[1], masks[1])  # no page is left for 5 and 7, whose pages in the first are given up
+    stream = StreamingPixelMetrics().merge(first.merge(second))
+    stream.add(maps[2], masks[2])
+    found, exact = stream.result(), metrics.pixel_metrics(maps, masks)
+    for name, bound in found.bounds.items():
+        assert abs(getattr(found, name) - getattr(exact, name)) <= bound, name
+
+
 def test_merged_streams_equal_the_whole():
     maps, masks = example(n=9)
     parts = [StreamingPixelMetrics() for _ in range(3)]
@@ -534,6 +555,14 @@ def test_paired_bootstrap_finds_a_difference_and_none_where_there_is_none():
     assert same.value == same.low == same.high == 0 and same.p_value == 1.0
     reverse = metrics.paired_bootstrap(poor, good, labels, draws=500)
     assert reverse.value == -found.value and reverse.high < 0
+
+
+def test_draws_in_which_a_statistic_is_not_defined_do_not_count():
+    rows = np.full((2, 10), np.nan)
+    rows[0, 0] = rows[1, 1] = 0.5
+    a, b = (metrics.mean_statistic(row) for row in rows)
+    # Both images are in 41 % of the draws, and there the two are equal.
+    assert metrics.paired_bootstrap(a, b, [1] * 10).p_value == 1.0
 
 
 def test_delong_is_the_variance_of_the_full_matrix_and_its_level_holds():

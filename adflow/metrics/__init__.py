@@ -129,6 +129,7 @@ def pixel_metrics(maps: Maps, masks: Masks, limit: float = 0.3, *, points: int =
     summed = accumulate(ranked, limit)
     reasons = why_undefined(ranked.n_positive, ranked.n_negative, len(ranked.area), "pixel")
     aupro = float(np.mean(summed.region)) / limit if "aupro" not in reasons else np.nan
+    of_regions = summed.region / limit if ranked.n_negative else np.full(len(ranked.area), np.nan)
     roc = pro = None
     if points and "auroc" not in reasons:
         roc, pro = curves(ranked, points, limit)
@@ -144,7 +145,7 @@ def pixel_metrics(maps: Maps, masks: Masks, limit: float = 0.3, *, points: int =
         n_positive=ranked.n_positive,
         n_regions=len(ranked.area),
         size=ranked.size,
-        regions=Regions(ranked.image, ranked.area, summed.region / limit),
+        regions=Regions(ranked.image, ranked.area, of_regions),
         roc=roc,
         pro=pro,
         reasons=reasons,

@@ -77,7 +77,6 @@ def mean_iou(predictions: Maps, masks: Masks, threshold: float | None = None) ->
 
 def iou_anomalous_only(predictions: Maps, masks: Masks, threshold: float | None = None) -> float:
     """Return the mean of ``iou_per_image`` over the images with a defect; NaN when there is none."""
-    check_lengths(predictions, masks)
     chosen = [
         _iou(np.count_nonzero(p & m), np.count_nonzero(p | m))
         for p, m in _predicted(predictions, masks, threshold)

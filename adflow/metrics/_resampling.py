@@ -129,7 +129,8 @@ def paired_bootstrap(
     """Return the difference of two statistics of the same images with a percentile bootstrap interval.
 
     Both see the same images in every draw. The p value is twice the share of draws on the other side of zero
-    (ties on both sides), with one draw added so that it is never 0. Arguments as for ``bootstrap_ci``.
+    (ties on both sides), with one draw added so that it is never 0. Draws in which a statistic is not defined do not
+    count. Arguments as for ``bootstrap_ci``.
     """
     _check(level, draws)
     strata = as_labels(labels, len(labels))
@@ -141,7 +142,7 @@ def paired_bootstrap(
     if found.reason:
         return Difference(found.value, found.low, found.high, level, np.nan, found.reason)
     beyond = min(np.count_nonzero(sample <= 0), np.count_nonzero(sample >= 0))
-    p_value = min(1.0, 2 * (beyond + 1) / (draws + 1))
+    p_value = min(1.0, 2 * (beyond + 1) / (np.count_nonzero(~np.isnan(sample)) + 1))
     return Difference(found.value, found.low, found.high, level, p_value)
 
 

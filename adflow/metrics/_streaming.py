@@ -47,7 +47,7 @@ class StreamingPixelMetrics:
       two ends of its bin;
     - AP and F1: precision between that of "all negatives of the bin above" and "none above".
 
-    Memory is the same before the first map and after the last, whatever their number: 27 MiB of counters, and
+    Memory is the same before the first map and after the last, whatever their number: 26 MiB of counters, and
     at most 200 MiB while ``result`` runs. float64 scores are rounded to float32, which the bounds cover.
 
     Args:
@@ -193,8 +193,7 @@ class StreamingPixelMetrics:
                 self._pages += paged
             start = self._start[prefix]
         sub = (code >> np.uint32(16 - _SUB_BITS)) & np.uint32(_SUB - 1)
-        if self._pages == _PAGES:
-            sub[start < _PREFIXES] = 0
+        sub[start < _PREFIXES] = 0  # a coarse bin
         slots: npt.NDArray[np.int64] = start.astype(np.int64) + sub
         return slots
 
