@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps
 
 from adflow._clock import stage
 from adflow._video import is_frame
@@ -73,7 +73,7 @@ def parse_size(text: str | int) -> Size:
     return height, width
 
 
-def read_image(path: Path | str, at_least: Size | None = None, max_pixels: int = MAX_PIXELS) -> Array:
+def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Array:
     """Read the first frame of an image as RGB, upright.
 
     Grey becomes three equal channels. Transparent pixels are composited on white, because the colour stored
@@ -85,7 +85,6 @@ def read_image(path: Path | str, at_least: Size | None = None, max_pixels: int =
     Args:
         path: the file; PNG, JPEG, BMP, TIFF, WEBP, GIF, PPM or JPEG 2000, told by content, not by suffix; or a
             frame of a video (see :mod:`adflow._video`).
-        at_least: when given, a JPEG may be decoded at 1/2, 1/4 or 1/8 as long as it keeps at least this size.
         max_pixels: refuse larger images before decoding them (a small file can declare a huge picture).
 
     Returns:
@@ -98,15 +97,15 @@ def read_image(path: Path | str, at_least: Size | None = None, max_pixels: int =
     path = Path(path)
     if is_frame(path):
         return read_frame(path)
-    return _decode(path, _rgb, at_least, max_pixels)
+    return _decode(path, _rgb, max_pixels)
 
 
 def read_mask(path: Path | str, index: int | None = None, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.bool_]:
     """Read a ground-truth mask: True where the defect is.
 
-    An image is turned to grey (transparent = not a defect) and thresholded at > 127 of 255. A losslessly
-    stored image that holds only 0 and 1 is taken as already binary. In a NumPy array every non-zero entry is
-    defect.
+    An image is turned to grey (transparent = not a defect) and thresholded at > 127 / 255 of the range of its type.
+    A losslessly stored one that holds only 0 and 1, in 8 bits or more, is taken as already binary. In a NumPy array
+    every non-zero entry is defect.
 
     Args:
         path: an image, or a ``.npy`` array [H, W] or [T, H, W], which is memory-mapped.
@@ -124,25 +123,7 @@ def read_mask(path: Path | str, index: int | None = None, max_pixels: int = MAX_
         return _npy_mask(path, index)
     if index is not None:
         raise InputError(f"{show(path)} is a single picture: frame {index} of it cannot be read as a mask")
-    return _decode(path, _binary, None, max_pixels)
-
-
-def image_size(path: Path | str, max_pixels: int = MAX_PIXELS) -> Size:
-    """Return the (height, width) that :func:`read_image` would give, without decoding the pixels.
-
-    Raises:
-        InputError: not an image, or too large.
-    """
-
-    def size(image: Image.Image) -> Size:
-        width, height = image.size
-        if isinstance(image, TiffImagePlugin.TiffImageFile):
-            # Some releases of Pillow turn the size of a TIFF before its pixels are read, others after.
-            width, height = (int(image.tag_v2[tag]) for tag in (_TIFF_WIDTH, _TIFF_HEIGHT))
-        turned = image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
-        return (width, height) if turned else (height, width)
-
-    return _decode(Path(path), size, None, max_pixels, upright=False)
+    return _decode(path, _binary, max_pixels)
 
 
 def fit_to(image: Array, size: Size, keep_aspect: bool = False) -> tuple[npt.NDArray[np.float32], Box]:
@@ -276,18 +257,7 @@ def upsample_matrices(grid: Size, size: Size, sigma: float, like: Tensor | None 
     return rows, columns
 
 
-_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 are the orientations that swap height and width
-_QUARTER_TURNS = (5, 6, 7, 8)
-_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
-
-
-def _decode(
-    path: Path,
-    convert: Callable[[Image.Image], T],
-    at_least: Size | None,
-    max_pixels: int,
-    upright: bool = True,
-) -> T:
+def _decode(path: Path, convert: Callable[[Image.Image], T], max_pixels: int) -> T:
     """Open ``path`` and return ``convert(image)``; whatever goes wrong is one InputError naming the file."""
     try:
         if path.stat().st_size == 0:
@@ -299,15 +269,9 @@ def _decode(
                     f"{max_pixels / 1e6:.0f} megapixels",
                     hint="Make it smaller first, or cut it into parts.",
                 )
-            if at_least is not None:
-                height, width = at_least
-                if image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS:
-                    height, width = width, height
-                image.draft(image.mode, (width, height))
             if image.format == "BMP" and image.mode == "1":
                 return convert(_two_colours(path, image))
-            if upright:
-                ImageOps.exif_transpose(image, in_place=True)  # a copy would forget the format
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would forget the format
             return convert(image)
     except InputError:
         raise
@@ -376,7 +340,9 @@ def _deep(image: Image.Image) -> npt.NDArray[np.float32]:
 def _binary(image: Image.Image) -> npt.NDArray[np.bool_]:
     """Return [H, W] bool from a mask picture."""
     if image.mode.startswith("I") or image.mode == "F":
-        return np.asarray(_deep(image) > 127 / 255)
+        deep = _deep(image)
+        binary = image.mode != "F" and np.asarray(image).max() == 1
+        return np.asarray(deep > (0 if binary else 127 / 255))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)
@@ -389,8 +355,8 @@ def _binary(image: Image.Image) -> npt.NDArray[np.bool_]:
 
 def _npy_mask(path: Path, index: int | None) -> npt.NDArray[np.bool_]:
     try:
-        stack = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        stack = np.lib.format.open_memmap(path, mode="r")  # not np.load: that opens archives, too
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot read {show(path)}: {reason}") from error
     if stack.ndim == 3 and index is not None and 0 <= index < len(stack):
