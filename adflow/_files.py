@@ -51,6 +51,14 @@ def is_full(path: Path) -> bool:
         return False
 
 
+def expanded(path: Path | str) -> Path:
+    """Return ``path`` with its ``~`` or ``~user`` replaced; raise InputError when there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"cannot use {path}: no home folder is known for it", hint="Write the path in full.") from error
+
+
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file in hexadecimal; an OSError where it cannot be read."""
     with path.open("rb") as stream:

@@ -35,6 +35,7 @@ from adflow._catalogue import (
     Source,
     decode,
 )
+from adflow._files import expanded
 from adflow.errors import InputError, UnavailableError, unknown
 
 __all__ = [
@@ -64,7 +65,7 @@ _NODES = 100_000
 def home() -> Path:
     """Return the cache folder: ``ADFLOW_HOME``, else the user's cache folder of this system."""
     chosen = os.environ.get("ADFLOW_HOME")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("adflow", appauthor=False))
+    return expanded(chosen) if chosen else Path(platformdirs.user_cache_dir("adflow", appauthor=False))
 
 
 def data_folder(name: str, root: Path | None = None) -> Path:
@@ -125,7 +126,7 @@ def load(extra: Path | None = None) -> Zoo:
     """
     raw = _read(shipped())
     said = os.environ.get("ADFLOW_ZOO")
-    for path in [Path(said).expanduser() if said else None, extra]:
+    for path in [expanded(said) if said else None, extra]:
         if path is not None:
             raw = _merge(raw, _read(path))
     return Zoo(*decode(raw))

@@ -247,6 +247,15 @@ def test_train_and_test_folders_without_good(tmp_path: Path) -> None:
     assert any("1 images directly in" in note for note in one.notes)
 
 
+def test_train_and_test_folders_in_any_case(tmp_path: Path) -> None:
+    root = tmp_path / "a"
+    for name in ("Train/0.png", "Test/Good/1.png", "Test/Dent/2.png", "Masks/Dent/2.png"):
+        picture(root / name)
+    (one,) = open_data(root)
+    assert [s.image.name for s in one.train] == ["0.png"]
+    assert [(s.label, s.image.name, s.mask is not None) for s in one.test] == [(0, "1.png", False), (1, "2.png", True)]
+
+
 def test_a_folder_of_own_classes(tmp_path: Path) -> None:
     make_parts(tmp_path / "line" / "nut")
     make_parts(tmp_path / "line" / "bolt")
@@ -299,6 +308,12 @@ def test_links_that_loop_end_and_count_once(tmp_path: Path) -> None:
     (root / "dangling.png").symlink_to(tmp_path / "gone.png")
     (root / "self").symlink_to(root / "self")
     assert [path.relative_to(root).as_posix() for path in list_images(root)] == ["a/0.png", "b/1.png"]
+
+
+def test_a_link_that_cannot_be_followed_hides_no_other_folder(tmp_path: Path) -> None:
+    root = make_parts(tmp_path / "parts")
+    (root / "link").symlink_to("x" * 300)  # longer than a name may be
+    assert [s.defect for s in open_data(root)[0].test] == [None, None, "bad", "bad"]
 
 
 @pytest.mark.parametrize("name", ["with space", "quo'te\"s", "new\nline", "ünïcødé 图像", "100%", "a;b&c", "-dash"])
@@ -389,6 +404,14 @@ def test_unknown_names(tmp_path: Path) -> None:
         open_data(tmp_path / "mvtec")
     with pytest.raises(UsageError, match="unknown demo texture 'brik'; did you mean 'brick'"):
         open_data("demo/brik")
+
+
+def test_a_user_who_is_not_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="cannot use ~nobody-of-that-name/parts: no home folder"):
+        open_data("~nobody-of-that-name/parts")
+    monkeypatch.setenv("ADFLOW_HOME", "~nobody-of-that-name")
+    with pytest.raises(InputError, match="cannot use ~nobody-of-that-name: no home folder"):
+        open_data("mvtec")
 
 
 def test_every_layout_module_offers_the_three_functions() -> None:

@@ -144,6 +144,7 @@ def test_frames_are_a_sequence(tmp_path: Path) -> None:
         (lambda f: (f / "testing/test_pixel_mask/01_0014.npy").unlink(), "has no mask, expected"),
         (lambda f: np.save(f / "testing/test_frame_mask/01_0014.npy", np.zeros((6, 2))), "has shape"),
         (lambda f: (f / "testing/test_frame_mask/01_0014.npy").write_text("x"), "is not an array file"),
+        (lambda f: (f / "testing/test_pixel_mask/01_0014.npy").write_bytes(b""), "is not an array file"),
         (lambda f: (f / "testing/frames/01_0014/last.jpg").touch(), "has no frame number"),
         (lambda f: (f / "testing/frames/01_0014/3.jpg").touch(), "two frames of one number"),
     ],
@@ -231,6 +232,15 @@ def test_a_broken_video_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"01_002\.avi cannot be decoded"):
         stc.decode(tmp_path)
     assert [p.name for p in (tmp_path / "training" / "frames").iterdir()] == ["01_001"]
+
+
+def test_frames_without_their_marker_never_stand_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("av", reason="PyAV (extra `video`) is not installed")
+    make_stc(tmp_path, ["01"], videos=True)
+    monkeypatch.setattr(stc, "MARKER", "x" * 300)  # longer than a name may be
+    with pytest.raises(InputError, match="cannot write"):
+        stc.decode(tmp_path)
+    assert list((tmp_path / "training" / "frames").iterdir()) == []
 
 
 def test_without_pyav_the_way_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, overload
 
 import numpy as np
 
+from adflow._files import expanded
 from adflow._system import cores
 from adflow._threads import T, ordered
 from adflow._video import is_frame
@@ -156,7 +157,7 @@ def open_data(spec: str | Path, *, root: Path | None = None) -> list[Dataset]:
         UnavailableError: a known data set that is not on this machine.
         InputError: a folder that is missing, empty, or whose structure contradicts itself.
     """
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if path.exists():
         # Made absolute by text: a link keeps the name that the user sees.
         return _read_all(Path(os.path.normpath(path.absolute())))
@@ -172,7 +173,7 @@ def open_data(spec: str | Path, *, root: Path | None = None) -> list[Dataset]:
             raise InputError(f"there is no folder {show(spec)}, and no data set of that name")
         raise unknown("data set", spec, families())
     bases = [root] if root else []
-    bases += [Path(value).expanduser() for value in [os.environ.get("ADFLOW_DATA")] if value]
+    bases += [expanded(value) for value in [os.environ.get("ADFLOW_DATA")] if value]
     bases.append(home() / "data")
     for base in bases:
         found = _find(base, family, class_)

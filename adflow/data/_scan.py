@@ -9,8 +9,6 @@ from pathlib import Path
 from adflow.errors import InputError
 from adflow.imaging import IMAGE_SUFFIXES, show
 
-MASK_SUFFIXES = IMAGE_SUFFIXES | {".npy"}
-
 
 def list_images(folder: Path | str, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> list[Path]:
     """Return every image below ``folder``, sorted by its path relative to it.
@@ -58,7 +56,8 @@ def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
 def folders_in(folder: Path) -> list[str]:
     """Return the names of the visible folders in ``folder``, sorted; empty where it cannot be read."""
     try:
-        return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        with os.scandir(folder) as listing:
+            return sorted(entry.name for entry in listing if not entry.name.startswith(".") and _kind(entry)[0])
     except OSError:
         return []
 

@@ -50,11 +50,11 @@ def read(folder: Path, class_: str) -> Dataset:
     test: list[Sample] = []
     if not _structured(root):
         train = _only_good(root)
-    elif _pick(root, {"train"}):
-        inside = root / "train"
+    elif learn_from := _pick(root, {"train"}):
+        inside, tested = root / learn_from, root / (_pick(root, {"test"}) or "test")
         good = _pick(inside, GOOD)
         train = _only_good(inside / good if good else inside)
-        test = _read_kinds(root / "test", _truth(root) or _truth(root / "test"), notes)
+        test = _read_kinds(tested, _truth(root) or _truth(tested), notes)
     else:
         every = _read_kinds(root, _truth(root), notes)
         good_images = [sample.image for sample in every if sample.label == 0]

@@ -170,7 +170,7 @@ def decode(
     quality: int = QUALITY,
     progress: Progress | None = None,
 ) -> int:
-    """Decode training videos to JPEG, one frame in memory at a time; return how many videos it were.
+    """Decode training videos to JPEG, one frame in memory at a time; return how many there were to decode.
 
     A video's folder appears when all of its frames are written, so an interrupted run goes on where it
     stopped.
@@ -214,6 +214,10 @@ def decode(
                     if index % stride == 0:
                         (beside / f"{index:08d}.jpg").write_bytes(encoded(frame.to_image(), ".jpg", quality=quality))
                         written += 1
+            if written:
+                facts = {"video": video.name, "frames": written, "stride": stride, "quality": quality}
+                (beside / MARKER).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+                beside.replace(frames / name)
         except av.FFmpegError as error:
             shutil.rmtree(beside, ignore_errors=True)
             raise InputError(f"{show(video)} cannot be decoded: {error}", hint="Get the data set again.") from error
@@ -223,9 +227,6 @@ def decode(
         if not written:
             shutil.rmtree(beside, ignore_errors=True)
             raise InputError(f"{show(video)} holds no frame", hint="Get the data set again.")
-        facts = {"video": video.name, "frames": written, "stride": stride, "quality": quality}
-        (beside / MARKER).write_text(json.dumps(facts) + "\n", encoding="utf-8")
-        beside.replace(frames / name)
     if progress is not None:
         progress(len(names), len(names), "")
     return len(names)
@@ -236,15 +237,13 @@ def _tested(folder: Path, frames: Path) -> _Video:
     video = _Video(frames)
     by_frame = folder / "testing" / "test_frame_mask" / f"{frames.name}.npy"
     by_pixel = folder / "testing" / "test_pixel_mask" / f"{frames.name}.npy"
-    shapes = {}
     for path in (by_frame, by_pixel):
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)  # [T] or [T, H, W]; only the header is read
+            array = np.lib.format.open_memmap(path, mode="r")  # [T] or [T, H, W]; only the header is read
         except FileNotFoundError:
             raise InputError(f"{show(frames)} has no mask, expected {show(path)}") from None
         except (OSError, ValueError) as error:
             raise InputError(f"{show(path)} is not an array file: {error}") from error
-        shapes[path.parent.name] = array.shape
         if array.ndim != (1 if path == by_frame else 3):
             raise InputError(f"{show(path)} has shape {array.shape}, expected [T] per frame or [T, H, W] per pixel")
         if len(array) != len(video.numbers):
