@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -154,8 +155,9 @@ def _construct(text: str) -> Any:
             if left < 0 and node is not None:
                 raise yaml.MarkedYAMLError(None, None, f"it holds more than {_NODES} values", node.start_mark)
             if isinstance(node, yaml.MappingNode):
-                keys = [key.value for key, _ in node.value]
-                for key in {key for key in keys if keys.count(key) > 1}:
+                # Keys that are not plain are refused by the loader.
+                keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+                for key in (key for key, count in keys.items() if count > 1):
                     raise yaml.MarkedYAMLError(None, None, f"'{key}' is given twice", node.start_mark)
                 waiting.extend(value for _, value in node.value)
             elif isinstance(node, yaml.SequenceNode):
@@ -174,7 +176,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not UTF-8 text: {error.reason}") from error
     try:
         raw = _construct(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # days and numbers that are none; nesting
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # What PyYAML says itself; then days, numbers and truth values that are none; then nesting.
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds {type(raw).__name__}, expected a mapping with {', '.join(KINDS)}")

@@ -245,3 +245,13 @@ def test_detectors_name_the_parameters_of_their_methods(catalogue: zoo.Zoo) -> N
         assert (own["epochs"], own["batch"], own["lr"]) == PAPER_CLASSES[class_], entry.name
         recipe = cls.recipe_for("paper", class_)
         assert entry.parameters["size"] == recipe["size"] and entry.backbone == recipe["backbone"]
+
+
+@pytest.mark.parametrize(
+    "text", ['version: !!int ""', "version: !!bool maybe", "version: !!timestamp soon", "{? &a [b] : 1, ? *a : 2}"]
+)
+def test_what_the_yaml_reader_itself_stumbles_over_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"mine\.yaml is not YAML"):
+        zoo.load(path)
