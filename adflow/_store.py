@@ -116,13 +116,13 @@ def room(folder: Path, needed: int, what: str) -> None:
 def size_text(count: int | None) -> str:
     """Write a number of bytes for people.
 
-    >>> size_text(5264982680), size_text(312), size_text(None)
-    ('5.26 GB', '312 bytes', 'unknown size')
+    >>> size_text(5264982680), size_text(999_700_000), size_text(312), size_text(None)
+    ('5.26 GB', '1 GB', '312 bytes', 'unknown size')
     """
     if count is None:
         return "unknown size"
-    for unit, power in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= power:
+    for unit, power in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= 0.9995 * power:  # what three digits round to 1000 is 1 of the next unit
             return f"{count / power:.3g} {unit}"
     return f"{count} bytes"
 
@@ -147,8 +147,11 @@ def adopt(path: Path, file: File, *, cache: Path, unverified: bool = False) -> P
 
 
 def from_package(file: File, source: Source) -> Path:
-    """Return the file inside an installed package, found without importing the package."""
-    spec = util.find_spec(source.module or "")
+    """Return the file inside an installed package, found without importing it (but what a dotted name lies in)."""
+    try:
+        spec = util.find_spec(source.module or "")
+    except (ImportError, ValueError):  # what a dotted name lies in is not there; no name at all
+        spec = None
     folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
     path = next((folder / (source.path or "") for folder in folders if (folder / (source.path or "")).is_file()), None)
     if path is None:

@@ -29,7 +29,7 @@ from adflow import __version__, _store
 from adflow._clock import Progress
 from adflow._files import sha256_of, write_error
 from adflow._lock import lock
-from adflow.errors import UnavailableError
+from adflow.errors import ResourceError, UnavailableError
 from adflow.zoo import File, Source, home
 
 _CHUNK = 1 << 18
@@ -97,9 +97,14 @@ def fetch(
         ResourceError: the disk is full or not writable.
     """
     cache = cache if cache is not None else home()
+    others = [source for source in file.sources if not source.package]
     for source in file.sources:
         if source.package:
-            return _store.from_package(file, source)
+            try:
+                return _store.from_package(file, source)
+            except UnavailableError:
+                if not others and source is file.sources[-1]:
+                    raise
     found = _store.kept(file, cache)
     if found is not None:
         return found
@@ -127,7 +132,7 @@ def _download(file: File, cache: Path, patience: Patience, progress: Progress | 
     if file.bytes is not None:
         _store.room(part.parent, file.bytes - _store.length(part), file.name)
     reasons = []
-    for source in file.sources:
+    for source in (source for source in file.sources if not source.package):
         where = f"hub {source.hub}" if source.hub else urllib.parse.urlsplit(source.url or "").netloc
         # Pieces may be of two versions of the file: a wrong hash then deserves one try from the start.
         for last in (False, True):
@@ -142,9 +147,8 @@ def _download(file: File, cache: Path, patience: Patience, progress: Progress | 
             except _SourceError as error:
                 reasons.append(f"{where}: {error}")
                 break
-            except BaseException as error:
-                if getattr(error, "exit_code", None) == 5:  # no room or no right: leave nothing behind
-                    shutil.rmtree(part.parent, ignore_errors=True)
+            except ResourceError:  # no room or no right: leave nothing behind
+                shutil.rmtree(part.parent, ignore_errors=True)
                 raise
             if wrong is None:
                 return _store.keep(part, file, found, str(source), cache)
@@ -202,6 +206,8 @@ def _get(url: str, part: Path, size: int | None, same: bool, patience: Patience,
             failure = error
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             failure = _SourceError(_reason(error, patience.timeout))
+        except ValueError as error:  # letters that no request may hold
+            raise _SourceError(f"cannot be asked for it: {error}") from error
         fruitless = 0 if _store.length(part) > before else fruitless + 1
         if fruitless >= patience.attempts:
             raise _SourceError(str(failure))

@@ -271,6 +271,21 @@ def test_weights_inside_a_package_are_found_and_checked() -> None:
     assert fetch.fetch(file, no_network=True).stat().st_size == file.bytes
 
 
+@pytest.mark.parametrize("module", ["no_such_package", "no_such_package.inner", ""])
+def test_a_package_that_is_not_there_gives_way_to_the_next_source(files: FileServer, module: str) -> None:
+    package = zoo.Source(package="no-such-package", module=module, path="it.bin")
+    with pytest.raises(UnavailableError, match="no-such-package, which is not installed"):
+        fetch.fetch(zoo.File("it.bin", (package,), SHA))
+    files.add("/it", CONTENT)
+    file = zoo.File("it.bin", (package, zoo.Source(url=files.url("/it"))), SHA)
+    assert fetch.fetch(file, patience=FAST).read_bytes() == CONTENT
+
+
+def test_an_address_that_cannot_be_asked_is_one_clear_error(files: FileServer) -> None:
+    with pytest.raises(UnavailableError, match="cannot be asked for it"):
+        fetch.fetch(file_at(files.url("/größe.bin")), patience=FAST)
+
+
 # ---- two processes, and kill -9
 
 _CHILD = """
