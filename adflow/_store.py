@@ -146,14 +146,26 @@ def adopt(path: Path, file: File, *, cache: Path, unverified: bool = False) -> P
     return path
 
 
-def from_package(file: File, source: Source) -> Path:
-    """Return the file inside an installed package, found without importing it (but what a dotted name lies in)."""
+def package_file(source: Source) -> Path | None:
+    """Return the file that ``source`` names inside an installed package, if it is there.
+
+    The package is not imported (but what a dotted name lies in).
+    """
     try:
         spec = util.find_spec(source.module or "")
     except (ImportError, ValueError):  # what a dotted name lies in is not there; no name at all
-        spec = None
-    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    path = next((folder / (source.path or "") for folder in folders if (folder / (source.path or "")).is_file()), None)
+        return None
+    paths = [Path(place) / (source.path or "") for place in (spec and spec.submodule_search_locations) or []]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def from_package(file: File, source: Source) -> Path:
+    """Return the file inside an installed package, checked.
+
+    Raises:
+        UnavailableError: it is not there, or not the file of the catalogue.
+    """
+    path = package_file(source)
     if path is None:
         raise UnavailableError(
             f"{file.name} comes inside the package {source.package}, which is not installed",

@@ -276,6 +276,7 @@ def test_a_package_that_is_not_there_gives_way_to_the_next_source(files: FileSer
     package = zoo.Source(package="no-such-package", module=module, path="it.bin")
     with pytest.raises(UnavailableError, match="no-such-package, which is not installed"):
         fetch.fetch(zoo.File("it.bin", (package,), SHA))
+    assert _store.package_file(package) is None
     files.add("/it", CONTENT)
     file = zoo.File("it.bin", (package, zoo.Source(url=files.url("/it"))), SHA)
     assert fetch.fetch(file, patience=FAST).read_bytes() == CONTENT

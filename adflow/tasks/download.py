@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -393,7 +392,7 @@ def _weights(catalogue: zoo.Zoo, entry: BackboneEntry | DetectorEntry) -> list[F
 
 
 def _here(file: File, cache: Path) -> bool:
-    packed = any(source.module and find_spec(source.module) for source in file.sources)
+    packed = any(source.package and _store.package_file(source) for source in file.sources)
     return packed or _store.kept(file, cache) is not None
 
 
