@@ -156,7 +156,7 @@ class Extraction:
     def run(self, images: ImageSource) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
         """Yield (image size, pyramid of one row) in order."""
         if self.device.type != "cpu":
-            yield from self._together(images)
+            yield from self._in_batches(images)
             return
         with one_thread():
             if self.augment is None and isinstance(images, Divisible):
@@ -189,7 +189,7 @@ class Extraction:
             view = self._view(image, seed)
             return (view.shape[2], view.shape[3]), self.backbone(view)
 
-    def _together(self, images: ImageSource) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
+    def _in_batches(self, images: ImageSource) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
         rows = self._rows(images, _GPU_BATCH)
         while group := list(islice(rows, _GPU_BATCH)):
             views = torch.cat([self._view(image, seed) for image, seed in group])

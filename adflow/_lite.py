@@ -84,7 +84,7 @@ class _Inverted(nn.Module):
         self.has_skip = stride == 1 and taken == given
         self.conv_pw, self.bn1 = _conv(taken, wide, 1), _Norm(wide)
         self.conv_dw, self.bn2 = _conv(wide, wide, kernel, stride, wide), _Norm(wide)
-        self.se = nn.Identity()
+        self.se = nn.Identity()  # a name that OpenStage knows from timm: there is no squeeze here
         self.conv_pwl, self.bn3 = _conv(wide, given, 1), _Norm(given, act=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -94,7 +94,8 @@ class OpenStage(nn.Module):
 
 def mobile_stages(net: Any, taps: Sequence[str]) -> tuple[Stages, list[str]]:
     """Cut a timm EfficientNet or MobileNetV3; "b1" .. "b6" are stage outputs, "b2.conv" a last projection."""
-    known = [f"b{i}{inner}" for i in range(len(net.blocks)) for inner in ("", ".conv")]
+    inverted = [hasattr(stage[-1], "conv_pwl") for stage in net.blocks]
+    known = [f"b{i}{inner}" for i, projects in enumerate(inverted) for inner in ("", ".conv") if projects or not inner]
     order = _ordered(taps, known)
     last = max(int(tap[1:].removesuffix(".conv")) for tap in order)
     stages = []

@@ -152,7 +152,7 @@ def rename_lite(state: dict[str, Tensor], depths: Iterable[int]) -> dict[str, Te
 
 
 def load_strictly(net: torch.nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
-    """Load ``state`` into ``net``; every name and shape must agree.
+    """Load ``state`` into ``net``, as float32; every name and shape must agree.
 
     Raises:
         InputError: the file belongs to another net; names the first differences.
@@ -175,3 +175,4 @@ def load_strictly(net: torch.nn.Module, state: dict[str, Tensor], path: Path, na
             hint=f"Give the weight file of {name}.",
         )
     net.load_state_dict(state, strict=True, assign=True)
+    net.float()  # files in half precision take the net with them

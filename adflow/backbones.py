@@ -347,6 +347,9 @@ class JoinedBackbone(Backbone):
     """
 
     def __init__(self, nets: Sequence[str], taps: Sequence[str] | None, weights: Path | None) -> None:
+        for tap in taps or ():
+            if not any(tap.startswith(f"{net}.") for net in nets):
+                raise UsageError(f"tap '{tap}' names no net of {'+'.join(nets)}", hint="Write NET.TAP.")
         parts = []
         for net in nets:
             mine = None if taps is None else [tap.removeprefix(f"{net}.") for tap in taps if tap.startswith(f"{net}.")]

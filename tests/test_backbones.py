@@ -225,6 +225,8 @@ def test_taps_are_handed_out_finest_first_whatever_the_order_asked() -> None:
 def test_wrong_taps_and_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"'b9'.*Known: b0"):
         make_backbone("lite0", ("b9",))
+    with pytest.raises(UsageError, match=r"unknown tap 'b0\.conv'"):  # a stage without a last projection
+        make_backbone("lite0", ("b0.conv",))
     with pytest.raises(InputError, match="at least one"):
         make_backbone("lite0", ())
     with pytest.raises(InputError, match="each once"):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from adflow import _nets, _streamline, backbones
 from adflow._weights import hash_file
 from adflow.backbones import Backbone, make_backbone
-from adflow.errors import AdflowError, InputError, UnavailableError
+from adflow.errors import AdflowError, InputError, UnavailableError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,6 +96,15 @@ def test_mobilenet_taps_the_last_projection_before_its_norm(tmp_path: Path) -> N
         make_backbone("mobilenetv3l", ("b2", "b2.conv"), path)
 
 
+def test_weights_in_half_precision_make_a_net_of_float32(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    state = fake_weights("mobilenetv3_large_100", path).state_dict()
+    save_file({key: value.half() if value.is_floating_point() else value for key, value in state.items()}, path)
+    backbone = make_backbone("mobilenetv3l", weights=path)
+    assert {value.dtype for value in backbone.parameters()} == {torch.float32}
+    assert all(level.isfinite().all() for level in backbone(noise(1, 3, 64, 64)))
+
+
 @pytest.mark.parametrize(
     ("name", "model", "channels", "strides"),
     [
@@ -157,6 +166,8 @@ def test_two_nets_joined(tmp_path: Path) -> None:
     assert again.weights == joined.weights and len(joined.weights) == 64
     with pytest.raises(InputError, match="holds no file"):
         make_backbone("resnet18+lite0", weights=tmp_path / "empty")
+    with pytest.raises(UsageError, match=r"'b4' names no net of resnet18\+lite0"):
+        make_backbone("resnet18+lite0", ("lite0.b3", "resnet18.layer2", "b4"), tmp_path)
 
 
 def test_vgg19_pads_by_reflection_and_hands_out_padded_maps() -> None:

@@ -74,7 +74,7 @@ def test_images_that_do_not_fit_on_the_gpu_pass_in_halves(caplog: pytest.LogCapt
 
     images = make_tiny_images(11)
     plain, small = (Extraction(net(), None, None, 1, 1) for net in (TinyBackbone, Small))
-    wanted, found = list(plain._together(images)), list(small._together(images))
+    wanted, found = list(plain._in_batches(images)), list(small._in_batches(images))
     assert [size for size, _ in found] == [size for size, _ in wanted] and len(found) == 11
     for (_, mine), (_, theirs) in zip(found, wanted, strict=True):
         for level, other in zip(mine, theirs, strict=True):
