@@ -71,7 +71,12 @@ def unpack(
     total = 0
     try:
         with archive.open("rb") as raw, contextlib.closing(_members(archive, raw)) as members:
-            for member, content in members:
+            for count, (member, content) in enumerate(members, start=1):
+                if count > MEMBERS:
+                    raise InputError(
+                        f"{archive} holds more than {MEMBERS} files and folders; refused",
+                        hint="If you trust it, unpack it yourself and name the folder with --from.",
+                    )
                 name = _safe(archive, member, strip)
                 if name is None or (only is not None and not name.startswith(f"{only}/")):
                     continue
@@ -81,11 +86,6 @@ def unpack(
                 _once(archive, name, seen)
                 total = _write(archive, content, folder / name, total, allowed)
                 names.append(name)
-                if len(names) > MEMBERS:
-                    raise InputError(
-                        f"{archive} holds more than {MEMBERS} files; refused",
-                        hint="If you trust it, unpack it yourself and name the folder with --from.",
-                    )
                 if progress is not None:
                     progress(raw.tell(), size, archive.name)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError) as error:

@@ -125,6 +125,15 @@ def _flipped(content: bytes, place: int) -> bytes:
     return content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :]
 
 
+def test_folders_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adflow._unpack.MEMBERS", 10)
+    archive = tmp_path / "folders"
+    archive.write_bytes(_tar(*((f"{i}", b"", {"type": tarfile.DIRTYPE}) for i in range(10))))
+    with pytest.raises(InputError, match="more than 10 files and folders"):
+        unpack(archive, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_unpacking_onto_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
