@@ -103,8 +103,7 @@ def block(
     Raises:
         InputError: wrong shapes, or latents that are not finite.
     """
-    if len(size) != 2 or min(size) < 1:
-        raise InputError(f"the size of the map is {size}, expected (height, width) >= 1")
+    check_size(size)
     if not latents:
         raise InputError("there are no latents, expected at least one scale")
     total: Array = np.zeros((len(latents[0]), *size))
@@ -115,3 +114,9 @@ def block(
         total += _cubic(log_p.shape[1], size[0]) @ log_p @ _cubic(log_p.shape[2], size[1]).T
     # The original rounds the number of tests to float32; kept so that scores agree to the last digits.
     return -(float(np.float32(np.log10(positions))) + total)
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Raise InputError unless ``size`` is the (height, width) of a map."""
+    if len(size) != 2 or min(size) < 1:
+        raise InputError(f"the size of the map is {size}, expected (height, width) >= 1")

@@ -28,11 +28,9 @@ import numpy as np
 import numpy.typing as npt
 
 from adflow._health import drift, exchangeability, kept_promises
-from adflow._regions import Curves, Region, add_curves, count_curve, lowest_level, outlined_regions, plain_regions
+from adflow._regions import Curves, Region, add_curves, count_curve, lowest_level, outlined_regions
 from adflow._threads import default_workers, ordered
 from adflow.errors import InputError
-
-__all__ = ["Calibration", "plain_regions"]
 
 Array = npt.NDArray[Any]
 Map = npt.NDArray[np.floating[Any]]

@@ -24,8 +24,8 @@ class Comparison:
         block: the published results.
         frame: one line per run, data set, class and metric that both sides have: ``run``, ``dataset``, ``class``,
             ``metric``, ``published``, ``ours``, ``difference`` (ours - published; fractions), ``selected_on_test``.
-            Lines of class "mean of N" average both sides over the same N classes; lines of class "average" hold the
-            printed average, beside ours only where ours covers the whole data set.
+            Lines of class "mean of N" average both sides over the same N classes; lines of class "printed average"
+            have the source's own, beside ours only where ours covers the whole data set.
     """
 
     block: published.Block

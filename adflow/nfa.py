@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adflow._maxtree import best_regions
-from adflow._nfa_block import block, block_log_probability
+from adflow._nfa_block import block, block_log_probability, check_size
 from adflow._regions import Region, count_curve, find_regions
 from adflow.errors import InputError, unknown
 
@@ -293,7 +293,7 @@ def tree(
         InputError: wrong shapes, NaN, infinite or negative energies.
     """
     _check(bound, tail, tests)
-    _check_size(size)
+    check_size(size)
     if not energies:
         raise InputError("there are no energies, expected at least one scale")
     batches = {len(chi2) for chi2, _ in energies}
@@ -315,11 +315,6 @@ def tree(
     if tests == "image":
         lowest += np.float32(log10_tests(sizes))
     return np.negative(lowest, out=lowest)
-
-
-def _check_size(size: tuple[int, int]) -> None:
-    if len(size) != 2 or min(size) < 1:
-        raise InputError(f"the size of the map is {size}, expected (height, width) >= 1")
 
 
 @functools.lru_cache(maxsize=64)

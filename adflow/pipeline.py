@@ -73,7 +73,7 @@ def run(
         keep_picture: keep the decoded image for ``after``; it is dropped before the result is handed out.
         keep_map: keep the score map in what is handed out.
         strict: raise at the first unreadable image instead of yielding a result with ``error``.
-        workers: threads; None = the cores of this process.
+        workers: threads; None = the cores of this process, at most 8.
         batch_size: images per pass on a GPU.
 
     Raises:

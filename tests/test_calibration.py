@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from adflow.calibration import Calibration, plain_regions
+from adflow._regions import plain_regions
+from adflow.calibration import Calibration
 from adflow.detector import Detector
 from adflow.errors import InputError
 from adflow.tasks._point import operating_point
