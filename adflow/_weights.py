@@ -108,7 +108,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not named:
         raise InputError(f"{path} holds something else than named tensors, expected a state dict")
     return {key.removeprefix("module."): value for key, value in state.items()}
 

@@ -229,7 +229,7 @@ class Report:
         """Return the means over classes as in the JSON: metric -> fraction or None.
 
         One configuration: a flat mapping over all data sets, with ``<m>_std`` where there are several seeds.
-        Several: "method/backbone" (and "/recipe" where it differs) -> such a mapping.
+        Several: "method", with "/backbone" and "/recipe" where these differ -> such a mapping.
         """
         means = self.means()
         if means.empty:

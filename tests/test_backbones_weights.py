@@ -307,15 +307,16 @@ class Bomb:
         ("empty.pth", b""),
         ("text.pth", b"not a weight file at all"),
         ("bomb.pth", pickle.dumps({"x": Bomb()})),
-        ("list.pth", None),
+        ("list.pth", [1, 2]),
+        ("numbers.pth", {0: torch.zeros(1)}),
     ],
 )
-def test_a_damaged_or_hostile_weight_file_is_refused(tmp_path: Path, name: str, content: bytes | None) -> None:
+def test_a_damaged_or_hostile_weight_file_is_refused(tmp_path: Path, name: str, content: object) -> None:
     path = tmp_path / name
-    if content is None:
-        torch.save([1, 2], path)
-    else:
+    if isinstance(content, bytes):
         path.write_bytes(content)
+    else:
+        torch.save(content, path)
     with pytest.raises(InputError) as caught:
         make_backbone("lite0", weights=path)
     assert name in str(caught.value) and "\n" not in str(caught.value)

@@ -397,6 +397,8 @@ def test_known_but_absent_data_names_the_command_that_gets_it(tmp_path: Path) ->
 def test_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown data set 'mvtek'; did you mean 'mvtec'"):
         open_data("mvtek")
+    with pytest.raises(UsageError, match="unknown data set ''"):
+        open_data("")
     for spec in ("./mvtek", "foo/bar", "some/deep/path", "x.zip", "mvtec/a/b"):
         with pytest.raises(InputError, match="there is no folder"):
             open_data(spec)

@@ -157,6 +157,8 @@ def open_data(spec: str | Path, *, root: Path | None = None) -> list[Dataset]:
         UnavailableError: a known data set that is not on this machine.
         InputError: a folder that is missing, empty, or whose structure contradicts itself.
     """
+    if spec == "":  # as a path it would be the current folder
+        raise unknown("data set", spec, families())
     path = expanded(spec)
     if path.exists():
         # Made absolute by text: a link keeps the name that the user sees.
