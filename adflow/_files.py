@@ -56,7 +56,7 @@ def expanded(path: Path | str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise InputError(f"cannot use {path}: no home folder is known for it", hint="Write the path in full.") from error
+        raise InputError(f"cannot use {path}: no home folder is known for it", hint="Write it in full.") from error
 
 
 def sha256_of(path: Path) -> str:
