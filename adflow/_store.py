@@ -153,7 +153,7 @@ def package_file(source: Source) -> Path | None:
     """
     try:
         spec = util.find_spec(source.module or "")
-    except (ImportError, ValueError):  # what a dotted name lies in is not there; no name at all
+    except (ImportError, ValueError):  # what a dotted name lies in is not there; a module without a place
         return None
     paths = [Path(place) / (source.path or "") for place in (spec and spec.submodule_search_locations) or []]
     return next((path for path in paths if path.is_file()), None)
