@@ -174,8 +174,7 @@ def _cell(cell: Cell, index: int, room: int) -> tuple[dict[str, Any], int]:
         ],
         "galleries": galleries,
         "data": {
-            # Seven significant digits tell float32 scores apart.
-            "scores": [float(f"{score:.7g}") for score in scores],
+            "scores": scores.tolist(),  # every digit: thresholds lie just above the score of some image
             "labels": labels.tolist(),
             "names": [image.name for image in kept],
             "defects": [kinds.index(image.defect) if image.defect else -1 for image in kept],

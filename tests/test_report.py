@@ -416,6 +416,14 @@ def test_a_curve_is_cut_and_measured_at_its_limit() -> None:
     assert all(100 <= count <= 200 for count in points)
 
 
+def test_the_page_judges_images_as_every_other_table_does() -> None:
+    images = [ImageRecord("held out as well", 0.12345678, 0), ImageRecord("next", 0.12345679, 0)]
+    threshold = float(np.nextafter(0.12345678, 1))
+    page = Report([row()]).html([Cell("mvtec", "screw", images, threshold=threshold)])
+    data = json.loads(re.findall(r'<script type="application/json" class="data">(.*?)</script>', page)[0])
+    assert [score >= data["threshold"] for score in data["scores"]] == [False, True]
+
+
 def test_worst_images() -> None:
     images = [*records(10, 10), ImageRecord("nan", math.nan, 1), ImageRecord("unknown", 3.0)]
     found = [images[i] for i in worst(images, 2)]
