@@ -132,7 +132,7 @@ def _download(file: File, cache: Path, patience: Patience, progress: Progress | 
     if file.bytes is not None:
         _store.room(part.parent, file.bytes - _store.length(part), file.name)
     reasons = []
-    for source in (source for source in file.sources if not source.package):
+    for source in (one for one in file.sources if not one.package):
         where = f"hub {source.hub}" if source.hub else urllib.parse.urlsplit(source.url or "").netloc
         # Pieces may be of two versions of the file: a wrong hash then deserves one try from the start.
         for last in (False, True):
