@@ -330,9 +330,10 @@ def test_a_killed_training_ends_with_the_same_bits(tmp_path: Path, monkeypatch: 
     batches, generator = draws()
     train(again, again.loss, batches, steps=60, lr=0.1, average=0.9, generator=generator, checkpoint=file)
     assert torch.equal(again.weight, whole.weight)
-    batches, generator = draws(seed=1)
-    with pytest.raises(InputError, match="not a checkpoint of this training"):
-        train(again, again.loss, batches, steps=60, lr=0.1, generator=generator, checkpoint=file)
+    for seed, average in ((1, 0.9), (0, None)):
+        batches, generator = draws(seed)
+        with pytest.raises(InputError, match="not a checkpoint of this training"):
+            train(again, again.loss, batches, steps=60, lr=0.1, average=average, generator=generator, checkpoint=file)
     file.write_bytes(b"nonsense")
     with pytest.raises(InputError, match="not a checkpoint"):
         train(again, again.loss, batches, steps=60, lr=0.1, checkpoint=file)

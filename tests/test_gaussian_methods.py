@@ -407,6 +407,7 @@ def test_a_limit_with_room_changes_nothing(make: Any, tiny_backbone: Backbone) -
         (PatchCore, {"width": -1}),
         (PatchCore, {"projection": 0}),
         (PatchCore, {"whiten": 2.0}),
+        (PatchCore, {"neighbours": 1}),
         (SPADE, {"images": 0}),
         (SPADE, {"levels": "all"}),
         (Local, {"samples": 0}),

@@ -250,6 +250,14 @@ def test_a_setting_of_another_type_is_one_line(name: str) -> None:
         ("differnet", {"sigma": 1e30}),
         ("uflow", {"weight_decay": -1.0}),
         ("csflow", {"lr": -1.0}),
+        ("csflow", {"clip": 0.0}),
+        ("csflow", {"clamp": 0.0}),
+        ("differnet", {"clamp": 0.0}),
+        ("cflow", {"average": 2.0}),
+        ("cflow", {"width": -1.0}),
+        ("uflow", {"shrinkage": 2.0}),
+        ("fastflow", {"shrinkage": 2.0}),
+        ("csflow", {"shrinkage": -1.0}),
     ],
 )
 def test_a_setting_out_of_range_is_one_line(name: str, settings: dict[str, float], tiny_backbone: Backbone) -> None:

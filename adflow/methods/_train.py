@@ -27,7 +27,7 @@ from adflow import _ranks
 from adflow._clock import Progress
 from adflow._files import atomic_write
 from adflow.errors import InputError, TrainingError
-from adflow.methods._checks import at_least
+from adflow.methods._checks import above_0, at_least, within
 
 Schedule = Callable[[int], float]
 Batch = TypeVar("Batch")
@@ -43,8 +43,8 @@ MAX_ROLLBACKS = 5
 def one_cycle(steps: int, warm_up: float = 0.2, start: float = 0.04, end: float = 1e-4) -> Schedule:
     """Return factors of the learning rate: cosine from ``start`` up to 1, then down to ``end``.
 
-    Source: L. N. Smith, N. Topin, Super-convergence, 2018, https://arxiv.org/abs/1708.07120; defaults as in
-    ``torch.optim.lr_scheduler.OneCycleLR`` but for a shorter rise.
+    Source: L. N. Smith, N. Topin, Super-convergence, 2018, https://arxiv.org/abs/1708.07120; ``start`` as in
+    ``torch.optim.lr_scheduler.OneCycleLR``, but a shorter rise and a higher end.
     """
     top = max(1, round(warm_up * steps))
 
@@ -98,13 +98,18 @@ def train(
 
     Raises:
         InputError: the checkpoint belongs to another training.
-        UsageError: ``lr``, ``eps`` or ``weight_decay`` is negative.
+        UsageError: a negative ``lr``, ``eps`` or ``weight_decay``, no positive ``clip``, an ``average`` beyond 0 to 1.
         TrainingError: the loss did not stay finite; the last good weights are in ``module``.
     """
     at_least(0, lr=lr, eps=eps, weight_decay=weight_decay)
+    if clip is not None:
+        above_0(clip=clip)
+    if average is not None:
+        within(0, 1, average=average)
     run = _Run(module, betas, eps, weight_decay, average)
     start = "" if generator is None else bytes(generator.get_state().numpy()).hex()[:256]
-    identity = {"steps": str(steps), "lr": repr(lr), "generator": start}
+    settings = repr((lr, betas, eps, weight_decay, clip, average))
+    identity = {"steps": str(steps), "settings": settings, "generator": start}
     if checkpoint is not None and checkpoint.exists():
         run.load(checkpoint, identity)
         for _ in range(run.done):
@@ -246,10 +251,7 @@ class _Run:
             raise wrong from error
         if any(found.get(key) != value for key, value in identity.items()):
             raise wrong
-        if any(
-            f"weight.{name}" not in state or state[f"weight.{name}"].shape != parameter.shape
-            for name, parameter in self.parameters.items()
-        ):
+        if any(name not in state or state[name].shape != tensor.shape for name, tensor in self.tensors().items()):
             raise wrong
         self.restore(state)
         self.done, self.rollbacks = int(found["done"]), int(found["rollbacks"])

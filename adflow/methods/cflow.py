@@ -41,7 +41,7 @@ from adflow.detector import Energy, FeatureDetector, ImageSource, Progress, Reso
 from adflow.errors import UsageError
 from adflow.imaging import upsample
 from adflow.methods import _cflow_paper as original
-from adflow.methods._checks import at_least, fraction, one_of
+from adflow.methods._checks import at_least, fraction, one_of, within
 from adflow.methods._context import TOGETHER, ContextWhitening, cross_fitted
 from adflow.methods._memory import common_grid, concatenate, keep_within, parse_bytes
 from adflow.methods._train import one_cycle, train
@@ -178,6 +178,7 @@ class CFlow(FeatureDetector):
         fraction(shrinkage=shrinkage)
         at_least(0, blocks=blocks, context=context, steps=steps, passes=passes)
         at_least(1, folds=folds, fibers=fibers, images=images, views=views)
+        within(0, 100, width=width)
         if position < 0 or position % 4:
             raise UsageError(f"position is {position}, expected a multiple of 4, or 0 for an unconditional flow")
         parse_bytes(max_memory)

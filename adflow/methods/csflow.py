@@ -41,7 +41,7 @@ from adflow.errors import InputError, UsageError
 from adflow.flows import conv_layer, soft_clamp
 from adflow.flows import load_original as load_strictly
 from adflow.imaging import Box, upsample
-from adflow.methods._checks import at_least, one_of
+from adflow.methods._checks import above_0, at_least, one_of, within
 from adflow.methods._flow_maps import JOINS, MapFlow, Scale, brought_to, density_maps, scales
 from adflow.methods._spatial import NORMS
 
@@ -141,6 +141,8 @@ class CSFlow(MapFlow):
             raise UsageError(f"kernels are {self.kernels}, expected odd sides of convolutions, one per block")
         at_least(0, epochs=epochs)
         at_least(1, hidden=hidden, batch=batch)
+        above_0(clamp=clamp)
+        within(0, 1, shrinkage=shrinkage)
         self.hidden, self.clamp, self.join, self.norm, self.shrinkage = hidden, clamp, join, norm, shrinkage
         self.epochs, self.batch, self.lr, self.warm = epochs, batch, lr, warm
         self.eps, self.weight_decay, self.clip = eps, weight_decay, clip

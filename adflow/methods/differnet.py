@@ -152,7 +152,7 @@ class DifferNet(Detector):
         within(0, 256, sigma=sigma)
         at_least(0, views=views, epochs=epochs)
         at_least(1, transforms=transforms, blocks=blocks, hidden=hidden, batch=batch)
-        above_0(ridge=ridge)
+        above_0(ridge=ridge, clamp=clamp)
         self.transforms, self.degrees, self.views, self.fill = transforms, degrees, views, fill
         self.whiten, self.ridge = whiten, ridge
         self.blocks, self.hidden, self.clamp, self.zero_init = blocks, hidden, clamp, zero_init

@@ -136,6 +136,7 @@ class FastFlow(MapFlow):
         one_of("score_by", score_by, SCORES)
         at_least(0, epochs=epochs)
         at_least(1, flow_steps=flow_steps, batch=batch)
+        within(0, 1, shrinkage=shrinkage)
         within(0, 100, hidden=hidden)
         self.flow_steps, self.kernels, self.hidden, self.clamp = flow_steps, str(kernels), hidden, clamp
         self.join, self.norm, self.shrinkage, self.zero_init = join, norm, shrinkage, zero_init

@@ -71,8 +71,8 @@ class PatchCore(FeatureDetector):
             features as they are (paper). Not part of PatchCore: with a small net the raw channels differ in unit, and
             half-whitening (0.5) is what makes a bank work (screw: image AUROC 57 without, 96 with).
         projection: length of the seeded random projection the coreset is chosen on (code: 128).
-        neighbours: b of the paper's eq. 7; 0 = no re-weighting (code). The paper does not print b; 9 is what a
-            well-known library uses.
+        neighbours: b of the paper's eq. 7, at least 2; 0 = no re-weighting (code). The paper does not print b; 9 is
+            what a well-known library uses.
         squared: score by squared distance (code) or distance (paper).
         patch_score: image score from the highest patch (paper) instead of the smoothed map.
         max_memory: bytes the process may hold while fitting, such as "2GiB"; what does not fit is chosen from in parts
@@ -146,6 +146,8 @@ class PatchCore(FeatureDetector):
             raise UsageError(f"neighbourhood is {neighbourhood}, expected an odd number such as 1 or 3")
         at_least(0, layer_width=layer_width, width=width, neighbours=neighbours)
         at_least(1, projection=projection)
+        if neighbours == 1:
+            raise UsageError("neighbours is 1, expected 0 or at least 2: by itself a row weighs every score with 0")
         if whiten is not None and not 0 <= float(whiten) <= 1:
             raise UsageError(f"whiten is {whiten}, expected 0 to 1, or none")
         self.coreset = coreset

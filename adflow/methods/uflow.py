@@ -132,6 +132,7 @@ class UFlow(FeatureDetector):
         one_of("score_by", score_by, SCORES)
         at_least(0, epochs=epochs)
         at_least(1, flow_steps=flow_steps, batch=batch)
+        within(0, 1, shrinkage=shrinkage)
         within(0, 100, hidden=hidden)
         self.flow_steps, self.hidden, self.clamp = flow_steps, hidden, clamp
         self.norm, self.shrinkage, self.zero_init = norm, shrinkage, zero_init
