@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from naive import mahalanobis
 from adflow import features
 from adflow._rows import RamStore
 from adflow.backbones import Backbone
+from adflow.detector_file import load_detector, save_detector
 from adflow.errors import AdflowError, InputError, ResourceError, UsageError
 from adflow.features import FeatureBank
 from adflow.methods._gaussian import PositionGaussians, global_whitening, moments_of
@@ -28,6 +32,7 @@ from adflow.methods._whiten import (
     shrink,
     whitening,
 )
+from adflow.methods.cflow import CFlow
 from adflow.methods.local import Local
 from adflow.methods.padim import PaDiM
 from adflow.methods.patchcore import PatchCore
@@ -327,6 +332,24 @@ def test_spade_by_definition(levels: str, kappa: int, tiny_backbone: Backbone) -
             np.testing.assert_allclose(maps[b].flatten(), exact, rtol=1e-4)
 
 
+def test_spade_puts_features_into_place_batch_by_batch(
+    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels, held = [normal(140, 2, 3, 2), normal(140, 3, 1, 1)], []
+    batches = FeatureBank.batches
+
+    def watched(self: FeatureBank, *args: Any, **options: Any) -> Iterator[list[torch.Tensor]]:
+        for pyramid in batches(self, *args, **options):
+            held.append(weakref.ref(pyramid[0]))
+            assert sum(ref() is not None for ref in held) <= 2  # this batch, and the one that is being put away
+            yield pyramid
+
+    monkeypatch.setattr(FeatureBank, "batches", watched)
+    detector = fitted(SPADE(tiny_backbone), levels)
+    assert len(held) > 3
+    assert torch.equal(detector.level0_, levels[0]) and torch.equal(detector.pooled_, levels[1][:, :, 0, 0])
+
+
 @pytest.mark.parametrize("coreset", [None, "60"])
 def test_local_is_the_pool_of_its_densities(coreset: str | None, tiny_backbone: Backbone) -> None:
     detector = fitted(Local(tiny_backbone, rank=None, width=None, coreset=coreset), pyramid(count=30))
@@ -381,6 +404,31 @@ def test_a_limit_that_cannot_be_kept_is_refused_before_features_are_made(
     with pytest.raises(ResourceError, match=r"limit is 1 MiB") as caught:
         make(tiny_backbone, max_memory="1MiB").fit(IMAGES.normal)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("make", [PaDiM, PatchCore, SPADE, Local, CFlow])
+def test_the_limit_of_a_fit_does_not_keep_a_detector_from_being_loaded(
+    make: Any, tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"steps": 1} if make is CFlow else {}
+    detector = make(tiny_backbone, max_memory="64GiB", **few).fit(IMAGES.normal)
+    file = save_detector(detector, tmp_path / "d.safetensors")
+    monkeypatch.setattr("adflow.detector_file.make_backbone", lambda *_, **__: tiny_backbone)
+    monkeypatch.setattr("adflow.methods._memory.resident_bytes", lambda: 1 << 50)
+    assert torch.equal(load_detector(file).score(IMAGES.defective).map, detector.score(IMAGES.defective).map)
+
+
+@pytest.mark.parametrize("make", [PaDiM, PatchCore, SPADE, Local])
+def test_a_limit_is_no_trap_where_no_image_can_be_read(make: Any, tiny_backbone: Backbone) -> None:
+    class Unreadable:
+        def __len__(self) -> int:
+            return 3
+
+        def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+            yield from ()
+
+    with pytest.raises(InputError, match="no image"):
+        make(tiny_backbone, max_memory="64GiB").fit(Unreadable())
 
 
 @pytest.mark.parametrize("make", [PaDiM, PatchCore, SPADE, Local])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import TinyBackbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import start_from_all
 
 from adflow._bytes import in_units
 from adflow.errors import InputError, ResourceError, UsageError
+from adflow.features import as_source
 from adflow.methods import _memory
 from adflow.methods._local_bank import LocalBank
 from adflow.methods._memory import (
@@ -24,6 +26,7 @@ from adflow.methods._memory import (
     keep_within,
     nearest,
     parse_bytes,
+    pyramid_shapes,
     random_projection,
     start_from_points,
     to_grid,
@@ -317,6 +320,12 @@ def test_a_limit_refuses_before_and_says_how_much() -> None:
         keep_within(100 << 20, 1 << 30, "all of it", "Take less.")
     assert caught.value.hint == "Take less."
     assert in_units(0) == "0 B" and in_units(1 << 50) == "1024 TiB"
+
+
+def test_shapes_are_known_on_the_device_of_the_backbone() -> None:
+    backbone = TinyBackbone().to("meta")  # stands for a GPU: what is not brought there is an error
+    shapes = pyramid_shapes(backbone, as_source(torch.zeros(2, 3, 64, 48)))
+    assert shapes == ([8, 12, 16], [(16, 12), (8, 6), (4, 3)])
 
 
 @pytest.mark.parametrize("text", ["0", "0%", "-3", "ten", "10 %%", ""])

@@ -68,10 +68,16 @@ def keep_within(limit: int | None, needed: int, what: str, hint: str) -> None:
 
 
 def pyramid_shapes(backbone: Backbone, images: ImageSource) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return channels and grids of the backbone's taps for ``images``, from the first of them."""
+    """Return channels and grids of the backbone's taps for ``images``, by the size of the first of them.
+
+    Raises:
+        InputError: none of them can be read.
+    """
+    first = next(iter(images.batches(1)), None)
+    if first is None:
+        raise InputError("there is no image to take features from, expected at least 1")
     with torch.inference_mode():
-        pyramid = backbone(next(iter(images.batches(1))))
-    return [f.shape[1] for f in pyramid], [(f.shape[2], f.shape[3]) for f in pyramid]
+        return list(backbone.channels), backbone.grids((first.shape[2], first.shape[3]))
 
 
 # --- features on one grid -----------------------------------------------------------------------------------

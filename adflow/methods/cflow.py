@@ -214,17 +214,7 @@ class CFlow(FeatureDetector):
         generator: torch.Generator,
     ) -> None:
         """Create first layers and decoders, one or one per tap."""
-        widths = [sum(channels)] if self.joint else list(channels)
-        self.grids = [common_grid(grids, "coarsest")] if self.joint else list(grids)
-        cells = [height * width for height, width in self.grids]
-        # The first layer's work: moments, covariances and factors, in float64.
-        work = max(48 * p * (c + self.context) ** 2 for p, c in zip(cells, widths, strict=True))
-        keep_within(
-            parse_bytes(self.max_memory),
-            work if self.whiten == "context" else 0,
-            f"CFLOW-AD with {max(widths)} channels at {max(cells)} positions",
-            "Use a smaller size (--size), fewer taps (--taps), or a larger limit.",
-        )
+        widths, self.grids = self._seen(channels, grids)
         self.first = nn.ModuleList()
         self.decoders = nn.ModuleList()
         for width, grid in zip(widths, self.grids, strict=True):
@@ -275,8 +265,28 @@ class CFlow(FeatureDetector):
         ) as bank:
             return self.fit_bank(bank, seed=seed, progress=progress, checkpoint=resources.checkpoint)
 
+    def fit_bank(self, bank: FeatureBank, **options: Any) -> Self:
+        """Learn from features that are there; refused where the work of a first layer exceeds ``max_memory``."""
+        widths, grids = self._seen(bank.channels, bank.grids)
+        cells = [math.prod(grid) for grid in grids]
+        # Moments, covariances and factors, in float64.
+        work = max(48 * p * (c + self.context) ** 2 for p, c in zip(cells, widths, strict=True))
+        keep_within(
+            parse_bytes(self.max_memory),
+            work if self.whiten == "context" else 0,
+            f"CFLOW-AD with {max(widths)} channels at {max(cells)} positions",
+            "Use a smaller size (--size), fewer taps (--taps), or a larger limit.",
+        )
+        return super().fit_bank(bank, **options)
+
+    def _seen(self, channels: list[int], grids: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return channels and grid of what each decoder sees: all taps on one grid, or each tap by itself."""
+        if self.joint:
+            return [sum(channels)], [common_grid(grids, "coarsest")]
+        return list(channels), list(grids)
+
     def inputs(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
-        """Return what each decoder sees, [B, C, h, w]: all taps on one grid, or each tap by itself."""
+        """Return what each decoder sees, [B, C, h, w]."""
         return [concatenate(pyramid, self.grids[0])] if self.joint else list(pyramid)
 
     def codes(self) -> list[Tensor | None]:

@@ -10,7 +10,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -172,7 +172,6 @@ class PaDiM(FeatureDetector):
         generator: torch.Generator,
     ) -> None:
         """Draw the channels and create the tensors (see :meth:`FeatureDetector.prepare`)."""
-        self._check_memory(channels, grids)
         self.grid_ = common_grid(grids, self.grid)
         total, d, positions = sum(channels), self._width(channels), math.prod(self.grid_)
         drawn = list(range(total))
@@ -182,6 +181,11 @@ class PaDiM(FeatureDetector):
         self.gaussians = PositionGaussians(positions, d, self.rank)
         self.register_buffer("scale_", torch.ones(positions))
         self.register_buffer("dof_", torch.tensor(float(d)))
+
+    def fit_bank(self, bank: FeatureBank, **options: Any) -> Self:
+        """Learn from features that are there; refused where the model of such ones exceeds ``max_memory``."""
+        self._check_memory(bank.channels, bank.grids)
+        return super().fit_bank(bank, **options)
 
     def vectors(self, pyramid: list[Tensor]) -> Tensor:
         """Return the model's vectors [B, P, d] of a pyramid."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from adflow.backbones import Backbone
     from adflow.features import FeatureBank
 
+_BATCH = 32  # images whose features are read together
+
 
 class SPADE(FeatureDetector):
     """Mean distance to the kappa nearest vectors among the pixels of the K most similar training images.
@@ -149,10 +151,16 @@ class SPADE(FeatureDetector):
     ) -> None:
         """Keep the features."""
         self._check_memory(len(bank), list(bank.channels), list(bank.grids))
-        batches = list(bank.batches(32))
-        self.pooled_ = torch.cat([pyramid[-1].mean(dim=(2, 3)) for pyramid in batches])
-        for i in range(self.levels_):
-            setattr(self, f"level{i}_", torch.cat([pyramid[i] for pyramid in batches]))
+        self.pooled_ = torch.empty(len(bank), bank.channels[-1])
+        levels = [torch.empty(len(bank), *self.get_buffer(f"level{i}_").shape[1:]) for i in range(self.levels_)]
+        # Batch by batch into its place: a list of batches, to be joined, would hold everything twice.
+        for start, pyramid in zip(range(0, len(bank), _BATCH), bank.batches(_BATCH), strict=True):
+            rows = slice(start, start + _BATCH)
+            self.pooled_[rows] = pyramid[-1].mean(dim=(2, 3))
+            for level, feature in zip(levels, self._pixel(pyramid), strict=True):
+                level[rows] = feature
+        for i, level in enumerate(levels):
+            setattr(self, f"level{i}_", level)
         if progress:
             progress(len(bank), len(bank), "features kept")
 
