@@ -45,7 +45,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "prepare", prepare)
 
 
-@pytest.mark.parametrize(("method", "settings"), [("padim", {}), ("cflow", {"steps": 60, "blocks": 2})])
+@pytest.mark.parametrize(
+    ("method", "settings"), [("padim", {}), ("cflow", {"steps": 60, "blocks": 2}), ("cutpaste", {})]
+)
 def test_an_estimate_has_the_counts_and_about_the_costs(
     method: str, settings: dict[str, Any], plates: Dataset, tiny: None
 ) -> None:

@@ -138,7 +138,7 @@ def _probe(
     bank: FeatureBank | None,
     count: int,
 ) -> _Probe:
-    """Fit on ``count`` images made of the few, from their features or, without ``bank``, from their files."""
+    """Fit on ``count`` images made of the few, from their features in ``bank`` where there is one."""
     detector, _, _ = prepare(data, options)
     detector.to(choose_device(options.device))
     detector.keep_aspect = keep_aspect
@@ -146,14 +146,10 @@ def _probe(
     before = resident_bytes()
     forget_peak()
     began = time.perf_counter()
-    if bank is not None:
-        assert isinstance(detector, FeatureDetector)
-        rows = [i % len(bank) for i in range(count)]
-        detector.fit_bank(bank.subset(rows), seed=options.seed, progress=training)
-    else:
-        source = Images(Chosen(few, [i % len(few) for i in range(count)]), size, keep_aspect)
-        resources = replace(options.resources, checkpoint=None)
-        detector.fit(source, seed=options.seed, resources=resources, progress=training)
+    source = Images(Chosen(few, [i % len(few) for i in range(count)]), size, keep_aspect)
+    features = None if bank is None else bank.subset([i % len(bank) for i in range(count)])
+    resources = replace(options.resources, checkpoint=None, bank=features)
+    detector.fit(source, seed=options.seed, resources=resources, progress=training)
     learn = time.perf_counter() - began + training.left()
     peak = peak_bytes()
     scored = few[: min(_SCORED, len(few))]
