@@ -56,6 +56,12 @@ def test_components_hold_the_share_and_never_all() -> None:
     assert [components(values, s) for s in (0.0, 0.5, 0.6, 0.9, 0.96, 0.999)] == [1, 1, 1, 2, 3, 3]
 
 
+def test_of_one_image_a_code_holds_nothing() -> None:
+    codes, image, new = PositionCodes(4, 6), noise(1, 4, 6), noise(3, 4, 6, seed=1)
+    codes.learn([image], 0.3, 0, 0.9)
+    torch.testing.assert_close(codes(new), (new - image) / codes.unit_)
+
+
 def test_linear_autoencoder_is_the_best_of_its_width(tiny_backbone: Backbone, tiny_images: TinyImages) -> None:
     """No other linear code of that width has a smaller error on the training data (Eckart & Young)."""
     detector = DFR(tiny_backbone, latent=3, local=False).fit(tiny_images.normal)
@@ -291,7 +297,7 @@ def test_pairs_of_cells_lie_in_the_direction_they_are_said_to(tiny_backbone: Bac
             grid = torch.stack([torch.arange(h)[:, None].expand(h, w), torch.arange(w).expand(h, w)]).float()
             return [grid.expand(len(rows), 2, h, w)]
 
-    large, small = detector._draw(Places(), torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    large, small = detector._draw_cells(Places(), torch.Generator().manual_seed(1))  # type: ignore[arg-type]
     for (first, second, direction, one, other), apart in ((large, 4), (small, 1)):
         # Averaged onto the coarse grid, neighbouring cells are 4 fine ones apart.
         assert torch.equal(second - first, apart * torch.tensor(_patch_pairs.DIRECTIONS)[direction].float())
@@ -302,6 +308,22 @@ def test_a_pixel_is_the_mean_of_the_patches_that_cover_it() -> None:
     found = covering(torch.tensor([[[[1.0, 3.0], [5.0, 7.0]]]]), 6, 3, (10, 9))[0]
     assert found[0, 0] == 1 and found[4, 1] == 3 and found[4, 4] == 4 and found[8, 8] == 7
     assert torch.equal(found[9], found[8])  # not covered: the border repeats
+    # In the type of what is given, and so on its device.
+    assert covering(torch.ones(1, 1, 2, 2).double(), 6, 3, (9, 9)).dtype is torch.float64
+
+
+def test_pixels_are_taken_from_the_bank_once(tiny_images: TinyImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a part of a bank they are a copy: one a step would take longer than the step."""
+    level, taken = FeatureBank.level, []
+
+    def counted(self: FeatureBank, index: int) -> torch.Tensor:
+        taken.append(index)
+        return level(self, index)
+
+    monkeypatch.setattr(FeatureBank, "level", counted)
+    settings = {"patch": 16, "channels": 0.25, "strides": (8, 8), "bank": 50, "batch": 4}
+    PatchSVDD(PixelBackbone(), net="deep", steps=3, **settings).fit(tiny_images.normal[:4])
+    assert taken == [0]
 
 
 def test_the_map_is_the_product_of_nearest_distances_at_both_sizes(

@@ -20,7 +20,7 @@ def covering(distance: Tensor, k: int, stride: int, size: tuple[int, int]) -> Te
 
     ``distance`` [B, 1, rows, columns] holds one number per patch of ``k`` pixels, every ``stride`` pixels.
     """
-    kernel = torch.ones(1, 1, k, k)
+    kernel = distance.new_ones(1, 1, k, k)
     total = F.conv_transpose2d(distance, kernel, stride=stride)
     count = F.conv_transpose2d(torch.ones_like(distance), kernel, stride=stride)
     mean = total / count

@@ -47,12 +47,13 @@ class PositionCodes(nn.Module):
         for x in batches:
             moments.add(x if positions > 1 else x.reshape(-1, 1, width))
         # One image has no spread: then a code of nothing is learned, the error is the distance to that image.
-        spread = moments.covariance() if moments.count > 1 else torch.zeros(positions, width, width).double()
+        alone = moments.count == 1
+        spread = torch.zeros(positions, width, width).double() if alone else moments.covariance()
         everywhere = spread.mean(0)
         unit = deviations(everywhere)
         covariance = (1 - shrinkage) * spread + shrinkage * everywhere
         values, vectors = torch.linalg.eigh(covariance / unit / unit[:, None])
-        kept = min(latent, width - 1) or components(values.flip(1).mean(0), variance)
+        kept = 0 if alone else min(latent, width - 1) or components(values.flip(1).mean(0), variance)
         self.mean_ = moments.mean.float()
         self.unit_ = unit.float()
         self.basis_ = vectors.flip(2)[:, :, :kept].float().contiguous()  # [P, C, d]

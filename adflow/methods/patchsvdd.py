@@ -31,7 +31,7 @@ Decisions where paper and code differ, and what is not repeated:
   **never trains**. Here it does.
 * Weight of the SVDD loss: one per class in the paper, chosen on the test set; 1e-3 in the code's README, 1 as its
   default. The recipes take 1e-3: a large one collapses all embeddings to a point.
-* Nearest neighbours are exact; the code's are approximate.
+* Nearest neighbours are exact; the code's are approximate. Gradients are clipped at a norm of 10; the code does not.
 * The code subtracts the mean image of the training set, pixel by pixel; so does ``paper``.
 """
 
@@ -193,8 +193,10 @@ class PatchSVDD(FeatureDetector):
         trained = nn.ModuleList([*encoders, tell])
 
         def batches() -> Iterator[list[Pairs]]:
+            # Once: of a part of a bank this is a copy.
+            pixels = bank.level(0) if self.net == "deep" else None
             while True:
-                yield self._draw(bank, generator)
+                yield self._draw_cells(bank, generator) if pixels is None else self._draw_patches(pixels, generator)
 
         def loss(batch: list[Pairs]) -> Tensor:
             total = torch.zeros(())
@@ -251,12 +253,13 @@ class PatchSVDD(FeatureDetector):
             encoders.append(encoder)
         return encoders
 
-    def _draw(self, bank: FeatureBank, generator: torch.Generator) -> list[Pairs]:
-        """Return a step's pairs for large patches and for small ones."""
-        if self.net == "deep":
-            pixels = bank.level(0)
-            sides = (self.patch, self.patch // 2)
-            return [patch_pairs(pixels, self.average_, k, self.batch, generator) for k in sides]
+    def _draw_patches(self, pixels: Tensor, generator: torch.Generator) -> list[Pairs]:
+        """Return a step's pairs for large patches of pixels and for small ones, from images [N, 3, H, W]."""
+        sides = (self.patch, self.patch // 2)
+        return [patch_pairs(pixels, self.average_, k, self.batch, generator) for k in sides]
+
+    def _draw_cells(self, bank: FeatureBank, generator: torch.Generator) -> list[Pairs]:
+        """Return a step's pairs for large patches and for small ones, each a cell of features."""
         pyramid = bank.pyramid(torch.randint(len(bank), (min(_IMAGES, self.batch),), generator=generator))
         return [cell_pairs(self._embed(pyramid, name), self.batch, generator) for name in _SIZES]
 
