@@ -210,12 +210,23 @@ class Detector(nn.Module, ABC):
             return tensor.device
         return torch.device("cpu")
 
-    def _check(self, images: Tensor) -> None:
+    def fitted_size(self) -> tuple[int, int]:
+        """Return (height, width) of the network input.
+
+        Raises:
+            InputError: the detector has not been fitted.
+        """
         if self.size is None:
             raise InputError(f"this {self.method()} detector has not been fitted", hint="Call fit() first.")
-        if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != self.size:
+        return self.size
+
+    def _check(self, images: Tensor) -> None:
+        size = self.fitted_size()
+        if not images.is_floating_point():
+            raise InputError(f"images are {images.dtype}, expected float in [0, 1]", hint="Divide them by 255.")
+        if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != size:
             raise InputError(
-                f"images have shape {list(images.shape)}, expected [B, 3, {self.size[0]}, {self.size[1]}]",
+                f"images have shape {list(images.shape)}, expected [B, 3, {size[0]}, {size[1]}]",
                 hint="Resize them to the detector's size (adflow.imaging.fit_to).",
             )
 

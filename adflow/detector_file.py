@@ -5,8 +5,8 @@ Layout: tensors ``model.<name>`` (learned, without the backbone) and ``calibrati
 
     {"format": 1, "method": "cflow", "params": {...},
      "backbone": {"name", "taps", "weights": sha256 of the weight file}, "shapes": {"channels", "grids"} | null,
-     "size": [H, W], "keep_aspect": bool, "provenance": {...}, "digest": sha256 over names, types, shapes and bytes,
-     "check": sha256 over all the rest of this object}
+     "size": [H, W], "keep_aspect": bool, "provenance": {...}, "digest": sha256 over the tensors and what gives them
+     meaning here, "check": sha256 over all the rest of this object}
 
 The backbone's weights are not stored: they are public, named by their hash, and refused when they differ.
 """
@@ -69,6 +69,7 @@ def save_detector(detector: Detector, path: Path) -> Path:
     """Write ``detector`` to ``path``, whole or not at all.
 
     Raises:
+        InputError: it has not been fitted.
         ResourceError: the disk is full, or writing is not permitted.
     """
     tensors = {f"model.{k}": v.detach().cpu().contiguous() for k, v in detector.learned().items()}
@@ -86,7 +87,7 @@ def save_detector(detector: Detector, path: Path) -> Path:
             "weights": detector.backbone.weights,
         },
         "shapes": None if shapes is None else {"channels": shapes.channels, "grids": shapes.grids},
-        "size": list(detector.size or ()),
+        "size": detector.fitted_size(),
         "keep_aspect": detector.keep_aspect,
         "provenance": detector.provenance,
     }

@@ -18,7 +18,7 @@ from adflow.features import FeatureBank
 from adflow.flows import log_likelihood
 from adflow.methods import _train
 from adflow.methods._cflow_paper import fiber_steps, paper_rate, paper_schedule, probability_map, turned
-from adflow.methods._context import ContextWhitening
+from adflow.methods._context import ContextWhitening, cross_fitted
 from adflow.methods._train import one_cycle, train
 from adflow.methods.cflow import CFlow
 
@@ -120,6 +120,15 @@ def test_context_explains_what_images_have_in_common() -> None:
 def test_first_layer_needs_two_images() -> None:
     with pytest.raises(InputError, match="1 training image"):
         ContextWhitening(5, (3, 4), 2).learn(Rows(), [0])
+
+
+def test_folds_are_whitened_like_the_layer_by_the_other_images() -> None:
+    rows = Rows(count=12)
+    layer, other = (ContextWhitening(5, (3, 4), 0, 0.3, ridge=5.0) for _ in range(2))
+    layer.learn(rows, range(12))
+    other.learn(rows, range(1, 12, 2))
+    z = cross_fitted(layer, rows, torch.arange(12), views=1, folds=2, keep=12, parts=1)
+    assert torch.equal(z, other(rows(range(0, 12, 2))))
 
 
 # --- the detector --------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from adflow.methods._whiten import leave_one_out
 from adflow.methods.csflow import CrossScaleBlock, CrossScaleFlow, CrossScaleNet, CSFlow, cross_scale_loss, mean_energy
 from adflow.methods.differnet import DifferNet, gradient_map, turn
 from adflow.methods.fastflow import FastFlow, conv_chain, flow_loss
+from adflow.methods.uflow import load_graph, u_graph
 
 METHODS = (FastFlow, CSFlow, DifferNet)
 SHAPES = [(6, 4, 6), (5, 2, 3), (4, 1, 2)]  # odd channels, and a grid (1, 2) that is not half of (2, 3)
@@ -238,6 +239,7 @@ def test_angles_of_scoring(tiny_backbone: Backbone) -> None:
     assert tiny(DifferNet, tiny_backbone, transforms=4).angles() == [0, 90, 180, 270]
     assert tiny(DifferNet, tiny_backbone, transforms=3, degrees=10).angles() == [-10, 0, 10]
     assert tiny(DifferNet, tiny_backbone, degrees=0).angles() == [0]
+    assert tiny(DifferNet, tiny_backbone, transforms=1, degrees=10).angles() == [0]
 
 
 def test_differnet_starts_from_the_gaussian_of_pooled_vectors(tiny_backbone: Backbone, images: TinyImages) -> None:
@@ -379,6 +381,8 @@ def test_checkpoints_that_do_not_fit_are_refused(tiny_backbone: Backbone, images
     pooled = tiny(DifferNet, tiny_backbone).fit(images.normal[:4])
     with pytest.raises(InputError, match="0 couplings, this flow 2"):
         pooled.load_original({}, [])
+    with pytest.raises(InputError, match="0 couplings, this flow 1"):
+        load_graph(u_graph([(8, 2, 2)], flow_steps=1), {"encoder.global_scale": torch.ones(1)})
 
 
 @pytest.mark.parametrize("cls", METHODS)

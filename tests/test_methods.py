@@ -195,6 +195,16 @@ def test_methods_without_a_null_model_say_so(fitted: dict[str, Detector]) -> Non
                 fitted[name].energies(good_images(1))
 
 
+def test_pixels_of_0_to_255_and_detectors_that_know_nothing_are_refused(
+    fitted: dict[str, Detector], tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"torch\.uint8, expected float in \[0, 1\]"):
+        fitted["padim"].score((255 * good_images(1)).byte())
+    with pytest.raises(InputError, match="has not been fitted"):
+        save_detector(make("padim", tiny_backbone), tmp_path / "padim.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_facts_are_there_without_importing_torch(name: str) -> None:
     row = next(row for row in methods.facts() if row["name"] == name)

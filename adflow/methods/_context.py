@@ -226,7 +226,7 @@ def cross_fitted(
         part, other = order, layer
         if folds > 1:
             part = order[fold::folds]
-            other = ContextWhitening(layer.mean.shape[1], layer.grid, layer.context, layer.shrinkage)
+            other = ContextWhitening(layer.mean.shape[1], layer.grid, layer.context, layer.shrinkage, layer.ridge)
             other.learn(rows, _with_views(order[~torch.isin(order, part)], views))
         kept = _with_views(part[: -(-keep * len(part) // images)], views)
         pool.extend(other(rows(kept[i : i + TOGETHER])) for i in range(0, len(kept), TOGETHER))

@@ -180,7 +180,7 @@ class DifferNet(Detector):
 
     def angles(self) -> list[float]:
         """Return the angles in degrees, counter-clockwise, at which an image is scored."""
-        if self.degrees == 0:
+        if self.degrees == 0 or self.transforms == 1:
             return [0.0]
         if self.degrees == 180:
             return [360.0 * k / self.transforms for k in range(self.transforms)]

@@ -345,7 +345,8 @@ def load_graph(flow: GraphINN, state: dict[str, Tensor], prefix: str = "model.fl
     topological order. The couplings follow each other in both, so the n-th of one is the n-th of the other.
     """
     blocks = [module for module in flow.module_list if isinstance(module, AllInOneBlock)]
-    numbers = sorted({int(key[len(prefix) :].split(".")[0]) for key in state if key.endswith("global_scale")})
+    couplings = [key for key in state if key.startswith(prefix) and key.endswith("global_scale")]
+    numbers = sorted({int(key[len(prefix) :].split(".")[0]) for key in couplings})
     if len(numbers) != len(blocks):
         raise InputError(
             f"the checkpoint has {len(numbers)} couplings, this flow {len(blocks)}",
