@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from adflow.errors import InputError
 
 
-def load_original(
-    module: nn.Module, state: Mapping[str, Tensor], *, prefix: str = "", ignore: Iterable[str] = ()
-) -> None:
+def load_original(module: nn.Module, state: Mapping[str, Tensor], *, prefix: str = "") -> None:
     """Load a state dict of an original implementation into ``module``, strictly.
 
     FrEIA's C x C matrix ``w_perm`` becomes our index vector ``permutation`` (it must then be a permutation
@@ -23,12 +21,10 @@ def load_original(
         module: chain, graph or whole model whose remaining names equal the original's.
         state: the original's tensors.
         prefix: only keys that begin with it are used, and it is cut off.
-        ignore: last parts of names to drop as well (for example unused layers).
 
     Raises:
         InputError: names or shapes do not fit, or a matrix is not what the block needs.
     """
-    dropped = {"w_perm_inv", "downsample_kernel", *ignore}
     ours = set(module.state_dict())
     adapted: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -47,7 +43,7 @@ def load_original(
                 adapted[f"{stem}permutation"] = _as_index(matrix, name)
             else:
                 adapted[f"{stem}rotation"] = matrix
-        elif leaf not in dropped:
+        elif leaf not in ("w_perm_inv", "downsample_kernel"):
             adapted[key] = tensor
     missing, unexpected = sorted(ours - set(adapted)), sorted(set(adapted) - ours)
     if missing or unexpected:

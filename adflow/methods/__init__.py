@@ -50,7 +50,7 @@ def get(name: str) -> type[Detector]:
     """
     from adflow.detector import Detector
 
-    if name not in names() or name.startswith("_"):
+    if name not in names():
         raise unknown("method", name, names())
     points = {point.name: point.value for point in entry_points(group=GROUP)}
     module = import_module(points.get(name, f"{__name__}.{name}"))

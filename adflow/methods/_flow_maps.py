@@ -42,11 +42,6 @@ class Scale:
     grid: tuple[int, int]
     taps: tuple[int, ...]
 
-    @property
-    def entries(self) -> int:
-        """Return how many numbers an image has here."""
-        return self.channels * self.grid[0] * self.grid[1]
-
     def of(self, pyramid: Sequence[Tensor]) -> Tensor:
         """Return the features [B, channels, h, w] of this scale; taps of other grids are brought to it."""
         return concatenate([pyramid[tap] for tap in self.taps], self.grid)

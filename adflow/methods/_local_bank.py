@@ -23,14 +23,12 @@ class LocalBank(nn.Module):
 
     bank_: Tensor
     halves_: Tensor
-    owners_: Tensor
     meets: Tensor
     found: Tensor
 
     def __init__(self, grid: tuple[int, int], width: int, radius: int) -> None:
         super().__init__()
         h, w = grid
-        self.grid, self.width = grid, width
         self.register_buffer("bank_", torch.zeros(h * w, width, 0))
         self.register_buffer("halves_", torch.zeros(h * w, 1, 0))
         y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")

@@ -178,7 +178,7 @@ class CAVGA(FeatureDetector):
             progress=progress,
             checkpoint=checkpoint,
         )
-        nn.Module.train(self, False)
+        self.eval()
         with torch.no_grad():
             tops = [self._attention(images).amax() for (images,) in bank.batches(1)]
         # The mean of maxima, not their maximum: one odd training image must not decide.

@@ -58,6 +58,9 @@ MOST_PASSES = 10  # times that an optimiser sees a feature vector, at most, when
 Batch = tuple[int, Tensor, Tensor | None]  # number of a decoder, its vectors, their codes
 Course = tuple[Iterator[Batch], int, Callable[[int], float]]  # of a training: batches, steps, schedule
 
+# The image score is the paper's, the maximum of the map.
+_LITE: dict[str, Any] = {"backbone": "lite0", "taps": ("b2", "b3", "b4"), "size": 256, "image_score": "max"}
+
 
 class CFlow(FeatureDetector):
     """Negative log-density of patch features given their position, by a conditional flow.
@@ -102,18 +105,8 @@ class CFlow(FeatureDetector):
     fit_cost: ClassVar[str] = "time O(n P C^2 + steps N C^2), memory O(P C^2)"
     score_cost: ClassVar[str] = "time and memory O(P C^2)"
     recipes: ClassVar[dict[str, dict[str, Any]]] = {
-        # The image score is the paper's, the maximum of the map.
-        "fast": {"backbone": "lite0", "taps": ("b2", "b3", "b4"), "size": 256, "blocks": 0, "image_score": "max"},
-        "trained": {
-            "backbone": "lite0",
-            "taps": ("b2", "b3", "b4"),
-            "size": 256,
-            "blocks": 4,
-            "permutation": "hard",
-            "steps": 200,
-            "lr": 2e-3,
-            "image_score": "max",
-        },
+        "fast": {**_LITE, "blocks": 0},
+        "trained": {**_LITE, "blocks": 4, "permutation": "hard", "steps": 200, "lr": 2e-3},
         "paper": {
             "backbone": "wrn50",
             "taps": ("layer2", "layer3", "layer4"),
@@ -430,7 +423,7 @@ class CFlow(FeatureDetector):
         start = layer.logdet if isinstance(layer, ContextWhitening) else z.new_zeros(z.shape[1])
         chain = None
         if self.blocks:
-            dtype = torch.bfloat16 if getattr(self.backbone, "precision", "") == "bf16" else None
+            dtype = torch.bfloat16 if self.backbone.precision == "bf16" else None
             chain = self._fused.get(head, self.decoders[head], lambda: self.codes()[head], dtype)
         found = []
         for one in z:

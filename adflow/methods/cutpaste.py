@@ -321,7 +321,7 @@ def ledoit_wolf(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean [D] and covariance [D, D] float64 of rows [n, D], shrunk towards a multiple of the identity.
 
     O. Ledoit, M. Wolf, A well-conditioned estimator for large-dimensional covariance matrices, Journal of
-    Multivariate Analysis, 2004, section 3.2; the weight is the one that is best on average for normal rows.
+    Multivariate Analysis, 2004, section 3.2; the weight estimates the one with the least expected squared error.
     """
     count, width = rows.shape
     mean = rows.double().mean(0)

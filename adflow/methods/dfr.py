@@ -181,7 +181,6 @@ class DFR(FeatureDetector):
             return
         width = self.features(bank.pyramid([0])).shape[1]
         net = Autoencoder(width, self.latent or self._components(bank, generator))
-        nn.Module.train(net)
 
         def batches() -> Iterator[Tensor]:
             while True:

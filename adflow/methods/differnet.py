@@ -10,12 +10,12 @@ copies T(x) of good images. The score of an image is the mean of z^2 over turned
 The method judges an image, not pixels: for small defects others are better. Maps come in two ways, both of the score's
 first-order change:
 
-* ``localise="gradient"`` (section 3.4): the gradient of |z|^2 / 2 with respect to the pixels of each turned copy,
-  turned back, smoothed by a Gaussian of ``sigma`` pixels, absolute values averaged over copies and colours, squared.
+* ``localise="gradient"`` (section 3.4): the gradient of the loss with respect to the pixels of each turned copy, turned
+  back, smoothed by a Gaussian of ``sigma`` pixels, absolute values averaged over copies and colours, squared.
   It costs a backward pass through the backbone per copy.
 * ``localise="features"`` (ours, default): as y is a mean over positions, |z|^2 changes by the mean over positions of
-  <gradient at y, f(p) - m>, m the mean of y over good images: that product is position p's share. It costs one gradient
-  of the flow.
+  <gradient at y, f(p) - m>, m the mean of y over good images (0 with ``whiten="none"``): that product is position p's
+  share. It costs one gradient of the flow.
 * ``localise="none"``: a constant map, equal to the image's score.
 
 Decisions where paper, code and statistics differ:

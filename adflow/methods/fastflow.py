@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from adflow.flows import AllInOneBlock, conv_subnet, load_original
 from adflow.methods._checks import at_least, one_of, within
 from adflow.methods._flow_maps import JOINS, SCORES, MapFlow, density_maps, likelihood_maps, scales
+from adflow.methods._memory import common_grid
 from adflow.methods._spatial import NORMS, coupling_pass
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ class FastFlow(MapFlow):
 
     def score_features(self, pyramid: list[Tensor]) -> Tensor:
         """Return the map on the finest grid of a chain."""
-        return self.score_maps(pyramid, max((s.grid for s in self.scales), key=lambda grid: grid[0] * grid[1]))
+        return self.score_maps(pyramid, common_grid([scale.grid for scale in self.scales], "finest"))
 
     def load_original(self, state: Mapping[str, Tensor]) -> None:
         """Load a checkpoint of the implementation (keys ``norms.*``, ``nf_flows.*``) into a prepared detector.

@@ -66,8 +66,8 @@ class PEFM(FeatureDetector):
         latent: width of the deep net's bottleneck, one per pair; the last one holds for further pairs.
         unit_length: bring source and target to length 1 over channels (paper).
         ridge: added to the linear maps' covariance, whose channels have variance 1.
-        error: "whitened" = the linear net's errors are measured in deviations of good images, by position and
-            direction; "plain" = in feature units (paper).
+        error: of the linear net: "whitened" = in deviations of good images' errors, by position and direction;
+            "plain" = in deviations of the channels. The deep net's errors are in feature units (paper).
         shrinkage: weight of all positions' covariance in that of each position, more than 0 and at most 1.
         join: "add" = mean over pairs (paper), "multiply" = product.
         epochs: passes of the deep net over the training images.
@@ -343,7 +343,7 @@ class LinearMaps(nn.Module):
         for name, of in (("to_target", order >= self.source), ("to_source", order < self.source)):
             block = precision[:, of]  # [P, predicted, S + T]
             factor = torch.linalg.cholesky(block[:, :, of])
-            # L^-1 (K_ts, K_tt) = (L^-1 K_ts, L^T); in feature units K_tt^-1 (K_ts, K_tt) = (-W, I).
+            # L^-1 (K_ts, K_tt) = (L^-1 K_ts, L^T); in deviations of the channels K_tt^-1 (K_ts, K_tt) = (-W, I).
             matrix = torch.linalg.solve_triangular(factor, block, upper=False)
             if not whitened:
                 matrix = torch.linalg.solve_triangular(factor.mT, matrix, upper=True)

@@ -25,8 +25,9 @@ Decisions where paper, code and statistics differ:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,9 @@ from adflow.methods._checks import at_least, one_of, within
 from adflow.methods._flow_maps import SCORES, brought_to, density_maps, likelihood_maps
 from adflow.methods._spatial import NORMS, PositionWhitening, coupling_pass, normaliser
 from adflow.methods._train import train
+
+if TYPE_CHECKING:
+    from adflow.backbones import Backbone
 
 # Class: (epochs, batch size, learning rate) of the original's per-class configurations, published with its code
 # (https://github.com/mtailanian/uflow). The odd digits suggest a search; on which data is not said.
@@ -112,7 +116,7 @@ class UFlow(FeatureDetector):
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: Backbone,
         *,
         flow_steps: int = 4,
         hidden: float = 1.0,
@@ -223,7 +227,7 @@ class UFlow(FeatureDetector):
         per_epoch = max(1, len(bank) // self.batch)
         entries = sum(width * grid[0] * grid[1] for width, grid, _ in self.scales)
 
-        def batches() -> Any:
+        def batches() -> Iterator[list[Tensor]]:
             while True:
                 yield from bank.batches(
                     min(self.batch, len(bank)), shuffle=True, generator=generator, drop_last=len(bank) > self.batch
