@@ -29,8 +29,8 @@ class Route:
     """One file and what happens to the requests for it, in order; after the script all goes well.
 
     Steps: ``("status", code, headers)``, ``("cut", bytes)`` (of this answer), ``("stall", bytes, seconds)``,
-    ``("slow", bytes, seconds)`` (pieces and pauses), ``("redirect", url)``, ``("html",)``,
-    ``("replace", content)``, ``("range", first)``, ``("ok",)``.
+    ``("slow", bytes, seconds)`` (pieces and pauses), ``("hold", bytes, event)`` (the rest once the event is set),
+    ``("redirect", url)``, ``("html",)``, ``("replace", content)``, ``("range", first)``, ``("ok",)``.
     """
 
     content: bytes
@@ -108,6 +108,11 @@ class _Files(_Quiet):
             self.wfile.flush()
             self.server.stopping.wait(step[2])
             return self.hang_up()
+        if step[0] == "hold":
+            self.wfile.write(body[: step[1]])
+            self.wfile.flush()
+            step[2].wait(30)
+            body = body[step[1] :]
         if step[0] == "slow":
             for start in range(0, len(body), step[1]):
                 self.wfile.write(body[start : start + step[1]])

@@ -46,9 +46,14 @@ def fit(name: str, images: Tensor, backbone: Backbone | None = None) -> Detector
     return make(name, backbone or TinyBackbone()).fit(images, seed=0)
 
 
+def specks() -> Tensor:
+    """An image [3, H, W] of pixels that are black or white at random."""
+    return (torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+
+
 def check(detector: Detector, good: Tensor, ordered: bool = True) -> None:
     """Scores of good, defective, black and white images are finite, and the defect is above the good one."""
-    edge = torch.stack([torch.zeros(3, *SIZE), torch.ones(3, *SIZE), (torch.rand(3, *SIZE) > 0.5).float()])
+    edge = torch.stack([torch.zeros(3, *SIZE), torch.ones(3, *SIZE), specks()])
     scores = detector.score(torch.cat([good[:1], with_defect(good[:1]), edge]))
     assert torch.isfinite(scores.map).all() and torch.isfinite(scores.image).all()
     if ordered:
@@ -57,14 +62,14 @@ def check(detector: Detector, good: Tensor, ordered: bool = True) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("how", ["dead", "huge"])
-def test_channels_that_are_dead_constant_or_of_another_scale(name: str, how: str) -> None:
+def test_channels_that_are_dead_or_of_another_scale(name: str, how: str) -> None:
     check(fit(name, good_images(8), Spoiled(how)), good_images(1, seed=5))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_outlier_among_few_training_images(name: str) -> None:
     images = good_images(8)
-    images[3] = (torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    images[3] = specks()
     check(fit(name, images), good_images(1, seed=5))
 
 

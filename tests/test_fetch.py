@@ -307,14 +307,17 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def test_two_processes_share_one_download(files: FileServer) -> None:
-    route = files.add("/it", CONTENT, ("slow", 32_000, 0.25))
+    go = threading.Event()
+    route = files.add("/it", CONTENT, ("hold", 1000, go))
     first = start_code(_CHILD, files.url("/it"), SHA)
     _wait_for(lambda: len(route.asked) == 1)
     second = start_code(_CHILD, files.url("/it"), SHA)
+    assert second.stdout is not None
+    assert "another process is getting it.bin" in second.stdout.readline()
+    go.set()
     ours, theirs = first.communicate(timeout=30)[0], second.communicate(timeout=30)[0]
     assert (first.returncode, second.returncode) == (0, 0)
     assert len(route.asked) == 1
-    assert "another process is getting it.bin" in theirs
     assert ours.splitlines()[-1] == theirs.splitlines()[-1]
 
 
