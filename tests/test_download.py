@@ -119,8 +119,8 @@ def test_an_unverified_class_archive_is_refused_with_the_way_out(files: FileServ
     [
         (lambda s: (s / "cable/train/good/001.png").unlink(), "missing: cable/train/good/001.png"),
         (lambda s: (s / "cable/train/good/notes.txt").touch(), "extra: cable/train/good/notes.txt"),
-        (lambda s: (s / "cable/ground_truth/scratch/001_mask.png").unlink(), "cable/test/scratch/001.png"),
-        (lambda s: (s / "screw/test/combined/001.png").unlink(), "combined/001_mask.png|001.png"),
+        (lambda s: (s / "cable/ground_truth/scratch/001_mask.png").unlink(), "the mask of cable/test/scratch/001.png"),
+        (lambda s: (s / "screw/test/combined/001.png").unlink(), "of screw/ground_truth/combined/001_mask.png"),
         (lambda s: shutil.rmtree(s / "screw/test/good"), "has 0 good files, expected 2; there is none"),
     ],
     ids=["missing", "extra", "mask", "image", "folder"],
@@ -180,18 +180,17 @@ def test_a_bomb_stops_at_the_declared_bytes(files: FileServer, tmp_path: Path) -
 
 
 _UNPACK = """
-import os, sys, time
+import sys, time
 from pathlib import Path
 from adflow import _unpack, zoo
 from adflow.tasks import download
-sys.path.insert(0, sys.argv[1])
-write, moved = _unpack._write, download._move
+write = _unpack._write
 def slow(archive, content, target, total, allowed):
     print("unpacking", flush=True)
     time.sleep(0.05)
     return write(archive, content, target, total, allowed)
 _unpack._write = slow
-if sys.argv[2] == "move":
+if sys.argv[1] == "move":
     replace = Path.replace
     def once(self, target):
         done = replace(self, target)
@@ -201,7 +200,7 @@ if sys.argv[2] == "move":
         return done
     Path.replace = once
     _unpack._write = write
-download.download("mini", source=Path(sys.argv[3]), catalogue=zoo.load(Path(sys.argv[4])))
+download.download("mini", source=Path(sys.argv[2]), catalogue=zoo.load(Path(sys.argv[3])))
 """
 
 
@@ -213,7 +212,7 @@ def test_killed_in_the_middle_of_unpacking(files: FileServer, tmp_path: Path, wh
     theirs = tmp_path / "zoo.yaml"
     plain = known.to_dict()["datasets"]["mini"]
     theirs.write_text(json.dumps({"datasets": {"mini": _as_written(plain)}}))
-    child = start_code(_UNPACK, str(Path(__file__).parent), when, str(archive), str(theirs))
+    child = start_code(_UNPACK, when, str(archive), str(theirs))
     assert child.stdout is not None
     for _ in range(5 if when == "unpack" else 1):
         assert child.stdout.readline()

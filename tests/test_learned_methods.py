@@ -191,9 +191,11 @@ def test_ledoit_wolf_is_that_of_scikit_learn() -> None:
 def test_the_papers_whole_net_is_trained_and_the_backbone_is_not(
     tiny_backbone: Backbone, tiny_images: TinyImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = {key: value.clone() for key, value in tiny_backbone.state_dict().items()}
     detector = CutPaste(tiny_backbone, level="image", steps=3, batch=6, lr=1e-3).fit(tiny_images.normal, seed=2)
-    before, after = tiny_backbone.state_dict(), detector.net.state_dict()
-    assert any(not torch.equal(before[k], after[k]) for k in before)
+    backbone, net = tiny_backbone.state_dict(), detector.net.state_dict()
+    assert all(torch.equal(before[k], backbone[k]) for k in before)
+    assert any(not torch.equal(before[k], net[k]) for k in before)
     path = save_detector(detector, tmp_path / "d.safetensors")
     monkeypatch.setattr("adflow.detector_file.make_backbone", lambda *_, **__: tiny_backbone)
     again, bad = load_detector(path), tiny_images.defective
