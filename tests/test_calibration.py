@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import cast
 
@@ -229,6 +230,7 @@ def test_an_outline_is_near_the_peak_of_faint_defects_and_bounded_for_strong_one
     assert len(regions) == 4
 
 
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
 def test_without_a_compiler_outlines_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = calibrate(normal_maps(40, seed=4))
     maps = np.round(normal_maps(6, seed=5) * 4) / np.float32(4)

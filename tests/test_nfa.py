@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -96,6 +97,7 @@ def test_ties_merge_siblings_but_keep_the_smaller_of_a_chain(row: list[int], are
     np.testing.assert_array_equal(np.where(ranks >= 0, value[ranks], np.nan), naive_tree(level, level**2))
 
 
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
 @settings(max_examples=60, deadline=None)
 @given(
     hnp.arrays(np.float64, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.floats(0, 40)),
