@@ -100,6 +100,7 @@ def test_the_default_proof_is_on_the_held_out_images_and_defective_ones(
     assert kinds == [True, False, True, False, True] and set(found["images_sha256"]) <= {*held.values(), *bad}
 
 
+@pytest.mark.usefixtures("own_home")
 def test_held_out_images_are_known_by_their_content_wherever_the_data_lie_now(parts: Path, tmp_path: Path) -> None:
     good = sorted((parts / "train" / "good").glob("*.png"))
     known = remember([Sample(path, "train", 0, None, None) for path in good], parts)
