@@ -184,7 +184,7 @@ def test_paper_settings_fit_score_and_normalise_by_training_images(tiny_backbone
     assert len(detector.decoders) == 3
     scores = detector.score(images(3, seed=2))
     assert torch.isfinite(scores.map).all() and torch.equal(scores.image, scores.map.flatten(1).amax(1))
-    # At least as likely as the likeliest training vector nowhere: the sum over taps stays below their number.
+    # The number of taps less each one.s likelihood relative to the likeliest vector of training: hardly below 0.
     assert float(scores.map.min()) > -0.5
     tops = detector.log_top_.clone()
     detector.score(images(4, seed=3))

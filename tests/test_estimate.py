@@ -109,7 +109,7 @@ def test_calibration_in_parts_is_that_of_all_maps(plates: Dataset, monkeypatch: 
     assert parts.threshold(0.2) == whole.threshold(0.2) and parts.flag_threshold(0.1) == whole.flag_threshold(0.1)
 
 
-def test_cflow_keeps_fewer_features_under_a_limit_and_refuses_what_cannot_be_kept() -> None:
+def test_a_limit_with_room_changes_nothing_in_cflow_and_one_that_cannot_be_kept_is_refused() -> None:
     images = make_tiny_images(24)
     with FeatureBank.build(TinyBackbone(), images) as bank:
         pools = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
+import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -178,8 +180,6 @@ def test_what_is_undefined_is_nan_with_a_reason(spots: Dataset, tmp_path: Path) 
     row = evaluate_detector(found, bad, point=point(found)).row
     assert math.isnan(row["image_auroc"]) and "normal" in row["undefined"]["image_auroc"]
     assert math.isnan(row["flagged_share"]) and 0 < row["pixel_auroc"] <= 1
-    from dataclasses import replace
-
     blind = Dataset("c", "folder", "c", spots.root, spots.train, [replace(s, mask=None) for s in spots.test])
     row = evaluate_detector(found, blind, point=point(found)).row
     assert math.isnan(row["pixel_auroc"]) and "mask" in row["undefined"]["pixel_auroc"]
@@ -190,8 +190,6 @@ def test_what_is_undefined_is_nan_with_a_reason(spots: Dataset, tmp_path: Path) 
 
 
 def test_defects_without_a_mask_do_not_count_as_normal_pixels(spots: Dataset) -> None:
-    from dataclasses import replace
-
     found = detector()
     some = [replace(s, mask=None) if s.defect == "dent" else s for s in spots.test]
     row = evaluate_detector(found, Dataset("a", "folder", "a", spots.root, [], some), point=point(found)).row
@@ -292,8 +290,6 @@ def test_a_cell_of_other_settings_or_data_or_code_is_stale(spots: Dataset, monke
     monkeypatch.setattr(_cells, "code_digest", lambda method: "this code")
 
     def keys(measuring: Measuring = Measuring(), **changes: Any) -> str:  # noqa: B008
-        from dataclasses import replace
-
         return _cells.plan_fits([spots], ["padim"], [0], replace(options, **changes), measuring)[0].key
 
     usual = keys()
@@ -309,8 +305,6 @@ def test_a_cell_of_other_settings_or_data_or_code_is_stale(spots: Dataset, monke
     monkeypatch.setattr(_cells, "code_digest", lambda method: "this code")
     sample = spots.test[0]
     stat = sample.image.stat()
-    import os
-
     os.utime(sample.image, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     try:
         assert keys() != usual
@@ -378,9 +372,6 @@ def test_pictures_show_the_worst_or_all(spots: Dataset, tmp_path: Path, fitted: 
 def _halves(items: Sequence[Any]) -> Iterator[Any]:
     for item in items:
         if item == "die":
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGKILL)
         yield item * 2
 
@@ -393,8 +384,6 @@ def test_a_process_that_dies_costs_one_item_only() -> None:
 
 
 def test_units_share_features_and_fill_the_processes(spots: Dataset) -> None:
-    from dataclasses import replace
-
     jobs = [replace(job, group=("set", "/", "taps")) for job in plan(spots, "ab", (0, 1))]
     assert task._groups(jobs, [0, 1, 2, 3]) == [[0, 1, 2, 3]]
     assert task._groups([*jobs[:2], *plan(spots, "ab", (0, 1))[2:]], [0, 1, 2, 3]) == [[0, 1], [2], [3]]
@@ -467,7 +456,6 @@ def test_folds_do_not_go_on_with_the_training_of_another(
 
 
 def test_a_held_out_image_that_cannot_be_read_is_named(spots: Dataset, tmp_path: Path) -> None:
-    from dataclasses import replace
 
     options = FitOptions(device="cpu", holdout=0.5)
     train = list(spots.train)
@@ -561,8 +549,6 @@ def test_a_real_difference_is_shown_and_chance_is_not(spots: Dataset, tmp_path: 
 
 def test_holm_multiplies_by_the_tests_that_are_left() -> None:
     line = _difference.Difference("d", "c", "r", "hit", 1, 1, 1, 0, 0, math.nan)
-    from dataclasses import replace
-
     found = _difference._holm([replace(line, p_value=p) for p in (0.04, 0.01, math.nan, 0.03)])
     assert [x.p_value for x in found] == pytest.approx([0.06, 0.03, math.nan, 0.06], nan_ok=True)
 
@@ -601,5 +587,3 @@ def test_progress_counts_cells(spots: Dataset, tmp_path: Path, fitted: list[str]
     progress: Progress = lambda done, total, message: steps.append((done, total, message))  # noqa: E731
     task.evaluate(plan(spots, "ab"), Measuring(pictures=0), tmp_path, progress=progress)
     assert [step for step in steps if step[2] == "cells"] == [(1, 2, "cells"), (2, 2, "cells")]
-    assert json.loads((tmp_path / "cells" / "plate-a-s0.json").read_text())["key"] == "a0"
-    assert Resources().bank is None

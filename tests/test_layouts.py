@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -199,7 +200,6 @@ def test_videos_are_decoded_as_a_stream(tmp_path: Path) -> None:
     facts = json.loads((frames / stc.MARKER).read_text())
     assert facts == {"video": "01_001.avi", "frames": 3, "stride": 3, "quality": 90}
     assert stc.read(tmp_path, "01").notes == ["training frames: every 3. frame, JPEG quality 90"]
-    # Frame 3 of the video, not a neighbour: MJPEG and JPEG lose a little, neighbours differ by 40 and more.
     assert stc.read(tmp_path, "02").notes == ["training frames: every frame, decoded when it is read"]
     assert stc.prepare(tmp_path) == ["2 training videos decoded, every frame, JPEG quality 80"]
     assert len(stc.read(tmp_path, "02").train) == 14
@@ -247,7 +247,7 @@ def test_without_pyav_the_way_is_shown(tmp_path: Path, monkeypatch: pytest.Monke
     make_stc(tmp_path, ["01"])
     (tmp_path / "training" / "videos").mkdir()
     (tmp_path / "training" / "videos" / "01_099.avi").touch()
-    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UnavailableError, match="PyAV is not installed") as caught:
         stc.prepare(tmp_path)
     assert "adflow[video]" in (caught.value.hint or "")

@@ -79,7 +79,7 @@ def test_equal_distances_go_by_row_number() -> None:
     assert index.tolist() == [[0, 1, 2]] * 2 and squared.tolist() == [[3.0] * 3] * 2
 
 
-def test_one_query_gives_the_same_bits_as_many_within_rounding() -> None:
+def test_one_query_gives_the_same_bits_as_many() -> None:
     bank, queries = normal(500, 20), normal(9, 20, seed=1)
     together, alone = nearest(queries, bank, 2), [nearest(q[None], bank, 2) for q in queries]
     # What is returned is measured by differences, one query at a time: no product's blocking enters.

@@ -206,7 +206,7 @@ def test_pixels_of_0_to_255_and_detectors_that_know_nothing_are_refused(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_facts_are_there_without_importing_torch(name: str) -> None:
+def test_what_is_listed_of_a_method_is_complete_and_true(name: str) -> None:
     row = next(row for row in methods.facts() if row["name"] == name)
     assert row["paper"] and row["year"] and row["learns"] and row["fit_cost"] and row["score_cost"]
     # Without a null model a method need not say so.

@@ -1,3 +1,5 @@
+"""Metrics: exact ones against scikit-learn and plain loops, streamed ones within their bounds, intervals, tests."""
+
 from __future__ import annotations
 
 import subprocess

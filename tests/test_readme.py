@@ -6,6 +6,7 @@ import doctest
 import importlib
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,12 @@ def test_commands_and_options_exist() -> None:
                 assert word.split("=")[0] in known, f"{command}: {word}"
 
 
-def test_the_method_of_ones_own_is_the_tested_one() -> None:
-    import textwrap
+def test_files_named_exist() -> None:
+    named = set(re.findall(r"\btests/[\w/]+(?:\.py)?", README))
+    assert named and [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
+
+def test_the_method_of_ones_own_is_the_tested_one() -> None:
     from test_methods import TOY
 
     assert textwrap.dedent(TOY).strip() in README
