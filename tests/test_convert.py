@@ -189,9 +189,7 @@ def test_decoders_must_be_as_many_as_taps(tmp_path: Path, tiny_backbone: Backbon
 
 
 @pytest.mark.parametrize("change", [("subnet.0", "net.0"), ("module_list.", "module_list.x")])
-def test_decoders_of_another_kind_are_refused(
-    change: tuple[str, str], tmp_path: Path, tiny_backbone: Backbone
-) -> None:
+def test_decoders_of_another_kind_are_refused(change: tuple[str, str], tmp_path: Path, tiny_backbone: Backbone) -> None:
     path, _ = cflow_file(tmp_path, tiny_backbone)
     content = torch.load(path, weights_only=True)
     states = content["decoder_state_dict"]
