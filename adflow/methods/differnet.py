@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -247,8 +246,7 @@ class DifferNet(Detector):
             return self.turned(image, share * self.degrees)
 
         angles = [0.0] if self.views else self.angles()
-        # Turned copies round differently with another number of workers: always the default one.
-        with replace(resources, workers=None).build(
+        with resources.build(
             PooledTurns(self.backbone, angles, FILLS[self.fill]),
             images,
             progress,
