@@ -456,7 +456,6 @@ def test_folds_do_not_go_on_with_the_training_of_another(
 
 
 def test_a_held_out_image_that_cannot_be_read_is_named(spots: Dataset, tmp_path: Path) -> None:
-
     options = FitOptions(device="cpu", holdout=0.5)
     train = list(spots.train)
     _, held = split(len(train), options)
