@@ -174,10 +174,7 @@ def _onednn(x: Tensor) -> bool:
 
 
 class Pointwise(nn.Module):
-    """A 1x1 convolution as one matrix product over all positions; free of copies when channels lie last.
-
-    Unlike torch's convolution it takes one code path for every batch size and number of threads.
-    """
+    """A 1x1 convolution as one matrix product over all positions; free of copies when channels lie last."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()

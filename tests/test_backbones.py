@@ -206,7 +206,7 @@ def test_an_image_has_the_same_bits_alone_in_a_loop_in_a_thread(lite0: Backbone,
 
 
 def test_the_number_of_threads_changes_no_bit_of_lite0(lite0: Backbone) -> None:
-    # Not promised for every net, but kept for the default: 1x1 convolutions take one code path (see Pointwise).
+    # Not promised for every net, but kept for the default.
     image = noise(1, 3, 256, 256)
     one = lite0(image)
     torch.set_num_threads(2)

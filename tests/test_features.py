@@ -17,6 +17,7 @@ from conftest import TinyBackbone
 from torch import Tensor
 
 from adflow import features
+from adflow._extract import finite
 from adflow._threads import one_thread
 from adflow.backbones import Backbone, make_backbone
 from adflow.errors import InputError, ResourceError, UsageError
@@ -247,6 +248,15 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         FeatureBank.build(tiny_backbone, source, memory=0, folder=tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_single_number_that_is_not_finite_is_seen(bad: float) -> None:
+    level = torch.zeros(1, 2, 3, 3)
+    assert torch.equal(finite(level, torch.float32, 7), level)
+    level[0, 1, 2, 2] = bad
+    with pytest.raises(InputError, match="features of image 7 are not finite"):
+        finite(level, torch.float32, 7)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
